@@ -1,0 +1,372 @@
+"""The recipe: one frozen pydantic section per stage, torch-free.
+
+Each field carries its help once, with unit and range. A class's defaults are its vetted setting (the tiny CPU column
+of the starting values); shipped recipes state what they change.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Arm = Literal["base", "sft", "sft_ppo", "dpo", "direct_ppo"]
+Adapter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+UnfinishedRule = Literal["replace", "subtract", "scale", "mask"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class LoraSection(Section):
+    rank: int = Field(16, ge=1, le=1024)
+    """Rank of each low-rank update."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale; the update is multiplied by alpha / rank."""
+    target_modules: str | list[str] = "all-linear"
+    """PEFT target modules; the head and the embeddings are never adapted."""
+
+
+class ModelSection(Section):
+    base: str = "world:base"
+    """The base model: `world:base` (embedded), a folder, or a hub id."""
+    revision: str | None = None
+    """Hub revision; resolved to a commit and recorded."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type. bfloat16 keeps float32 master weights when tuning is full and trains under autocast."""
+    tuning: Literal["full", "lora"] = "full"
+    """full: four separate models. lora: one frozen trunk with adapters for policy, critic and reward."""
+    lora: LoraSection = LoraSection()
+    trust_remote_code: bool = False
+    """Dangerous: runs code that comes with the model."""
+
+
+class DialogueSection(Section):
+    format: Literal["plain", "chat_template"] = "plain"
+    """plain: text markers, for base models. chat_template: the tokenizer's own template."""
+    human: str = Field("\n\nHuman:", min_length=1)
+    """Text that opens a human turn; byte-exact with Anthropic HH by default."""
+    assistant: str = Field("\n\nAssistant:", min_length=1)
+    """Text that opens an assistant turn."""
+    stop_strings: list[str] | None = None
+    """Strings that end an answer. Default: the human marker."""
+    system: str | None = None
+    """Text put before the first turn of every dialogue."""
+
+
+class DataSource(Section):
+    path: str = Field(min_length=1)
+    """A file, a folder, `world:NAME`, or `hf:OWNER/NAME[:SPLIT]`."""
+    kind: str = Field("helpful", min_length=1, max_length=40)
+    """What the pairs stress: helpful, harmless, honest, or a word of yours. A row's own `kind` wins."""
+    weight: float = Field(1.0, ge=0)
+    """Share of this source in the training mixture, relative to the others; 0 leaves it out of training."""
+    format: Literal["auto", "explicit", "implicit", "messages", "sharegpt", "alpaca", "hh", "prompt", "text"] = "auto"
+    """Row format; auto sniffs it from the first rows and says what it found."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many good rows."""
+
+
+class DataSection(Section):
+    path: str | None = None
+    """Folder that relative source paths start from. Default: the recipe's own folder, then the working folder."""
+    preferences: list[DataSource] = []
+    """Preference pairs for the reward model, SFT (chosen answers) and DPO."""
+    prompts: list[DataSource] = []
+    """Prompts for PPO. Default: the prompts of `preferences`."""
+    text: list[DataSource] = []
+    """Pretraining-like plain text for the ptx loss."""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """Share of prompts (by hash, so that equal prompts stay together) kept out of training."""
+    max_prompt_tokens: int = Field(128, ge=8)
+    """Longer dialogues lose whole turns from the left; what still does not fit is dropped and counted."""
+    max_answer_tokens: int = Field(96, ge=2)
+    """A longer answer drops its pair, counted."""
+    max_bad_rows: float = Field(0.01, ge=0, le=1)
+    """Share of malformed rows above which the run stops."""
+
+
+class OptimiserSection(Section):
+    learning_rate: float = Field(1e-4, gt=0, lt=1)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam decay rates."""
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.03, ge=0, le=1)
+    """Share of the steps over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at 0."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm above which the gradient is scaled down."""
+
+
+class FitnessSection(Section):
+    min_accuracy: float = Field(0.6, ge=0, le=1)
+    """Below this (lower end of the interval) the card warns; if the interval covers 0.5 it fails."""
+    max_calibration_error: float = Field(0.1, ge=0, le=1)
+    """Expected calibration error of sigma(margin) above which the card warns."""
+    max_length_correlation: float = Field(0.5, ge=0, le=1)
+    """|Spearman| of score and answer length above which the card warns."""
+    max_praise_gain: float = Field(0.5, ge=0)
+    """Mean gain, in units of the base's score spread, from adding empty praise; above it the card warns."""
+    max_repetition_gain: float = Field(0.5, ge=0)
+    """Mean gain from repeating the answer; above it the card warns."""
+    on_fail: Literal["stop", "continue"] = "stop"
+    """What PPO does with a reward model whose card says fail."""
+
+
+class RewardSection(Section):
+    """Training of the reward model (Bradley-Terry on the preference pairs)."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training pairs; fractions are allowed."""
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Pairs per optimiser step."""
+    optimiser: OptimiserSection = OptimiserSection(learning_rate=3e-4, schedule="linear")
+    margin: bool = False
+    """Use the pairs' margin column in the loss."""
+    centring: float = Field(0.01, ge=0)
+    """Weight of (r_chosen + r_rejected)^2, which keeps scores near 0."""
+    normalisation_prompts: int = Field(512, ge=8)
+    """Base-model samples whose scores define mean 0 and variance 1."""
+    fitness: FitnessSection = FitnessSection()
+
+
+class TrainedReward(Section):
+    type: Literal["trained"] = "trained"
+    """The reward model this recipe trains."""
+
+
+class ModelReward(Section):
+    type: Literal["model"]
+    path: str
+    """A reward model made by `direct-rlhf reward train` (its normalisation must be of the same base and settings)."""
+
+
+class PythonReward(Section):
+    type: Literal["python"]
+    target: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    """`module:function`, called with a list of {"prompt": [turns], "answer": str, "kind": str}; returns floats."""
+
+
+class HttpReward(Section):
+    type: Literal["http"]
+    url: str = Field(pattern=r"^https?://")
+    """POST {"items": [{"prompt", "answer", "kind"}]} answered by {"scores": [float]}."""
+    timeout: float = Field(30.0, gt=0)
+    """Seconds."""
+
+
+RewardSource = Annotated[TrainedReward | ModelReward | PythonReward | HttpReward, Field(discriminator="type")]
+
+
+class SupervisedSection(Section):
+    """SFT on the chosen answers."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Dialogues per optimiser step."""
+    optimiser: OptimiserSection = OptimiserSection(learning_rate=2e-4, schedule="cosine")
+
+
+class DpoSection(Section):
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Pairs per optimiser step."""
+    beta: float = Field(0.1, gt=0)
+    """Inverse temperature of the implicit reward."""
+    optimiser: OptimiserSection = OptimiserSection(learning_rate=1e-4, schedule="cosine")
+
+
+class SamplingSection(Section):
+    max_new_tokens: int = Field(48, ge=1)
+    """Cap on the answer, in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides policy and reference logits alike; there is no truncation sampling."""
+    terminal: Literal["swap_eos", "keep_stop"] = "swap_eos"
+    """How a stop string ends an answer: replaced by an EOS that is no action, or kept as actions."""
+
+
+class LengthSection(Section):
+    unfinished: UnfinishedRule = "replace"
+    """Score of an answer cut by the cap, in normalised units: the base's low quantile, a subtraction, a scale, or masked out."""
+    unfinished_penalty: float = Field(1.0, ge=0)
+    """For `subtract`."""
+    unfinished_factor: float = Field(0.5, ge=0, le=1)
+    """For `scale`."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Last tokens before the cap over which a ramp penalty grows; 0 = off."""
+    overlong_penalty: float = Field(1.0, ge=0)
+    """Penalty at the cap, normalised units."""
+    per_token_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the score for every answer token."""
+    min_response_tokens: int = Field(0, ge=0)
+    """Shorter answers get the unfinished score; 0 = off."""
+    cap_schedule: list[tuple[int, int]] = []
+    """[[iteration, cap], ...]: the cap from that iteration on; later caps may not pass max_new_tokens."""
+
+
+class KLSection(Section):
+    controller: Literal["adaptive", "fixed"] = "adaptive"
+    coefficient: float = Field(0.05, ge=0)
+    """beta, the starting weight of the KL penalty."""
+    target: float = Field(6.0, gt=0)
+    """Nats per answer (sequence sum)."""
+    horizon: float = Field(10_000, gt=0)
+    """Episodes over which the controller corrects."""
+    stop_factor: float = Field(4.0, gt=1)
+    """Stop when the mean sequence KL of 5 updates passes this many targets; the best checkpoint is kept."""
+    inner_limit: float = Field(0.1, gt=0)
+    """Leave the epoch when k3(old||new) per token passes this."""
+
+
+class CriticSection(Section):
+    init: Literal["reward", "zero"] = "reward"
+    """Start from the reward model, its head in normalised units; or from the base with a zero head."""
+    warmup: int = Field(5, ge=0)
+    """Critic-only minibatch updates before the policy moves."""
+    optimiser: OptimiserSection = OptimiserSection(learning_rate=1e-4)
+
+
+class PtxSection(Section):
+    weight: float = Field(0.0, ge=0)
+    """Weight of the language-model loss on pretraining text in each policy step; 0 = off."""
+    batch_size: int = Field(8, ge=1)
+    """Text windows per policy step."""
+    window: int = Field(128, ge=8)
+    """Tokens per window."""
+
+
+class PpoSection(Section):
+    iterations: int = Field(20, ge=1)
+    rollouts: int = Field(64, ge=1)
+    """Answers sampled per iteration."""
+    samples_per_prompt: int = Field(1, ge=1)
+    minibatch_size: int = Field(32, ge=1)
+    """Answers per optimiser step; must divide `rollouts`."""
+    micro_batch_size: int = Field(32, ge=1)
+    """Answers per forward and backward; changes memory, not results."""
+    epochs: int = Field(4, ge=1)
+    optimiser: OptimiserSection = OptimiserSection(learning_rate=3e-5)
+    critic: CriticSection = CriticSection()
+    reward: RewardSource = TrainedReward()
+    sampling: SamplingSection = SamplingSection()
+    length: LengthSection = LengthSection()
+    kl: KLSection = KLSection()
+    ptx: PtxSection = PtxSection()
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE lambda."""
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    entropy: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
+    score_clip: float = Field(10.0, gt=0)
+    """Scores are clipped to +- this, in normalised units, before KL."""
+    evaluate_every: int = Field(5, ge=1)
+    """Iterations between held-out evaluations, which choose the best checkpoint."""
+    evaluate_prompts: int = Field(64, ge=1)
+    """Held-out prompts per evaluation."""
+    best_kl_limit: float | None = Field(None, gt=0)
+    """Only checkpoints below this sequence KL can be best. Default: twice the KL target."""
+    checkpoint_every: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_minibatches(self) -> "PpoSection":
+        if self.rollouts % self.minibatch_size:
+            raise ValueError(f"rollouts ({self.rollouts}) must be a multiple of minibatch_size ({self.minibatch_size})")
+        if self.rollouts % self.samples_per_prompt:
+            raise ValueError(
+                f"rollouts ({self.rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})"
+            )
+        for _, cap in self.length.cap_schedule:
+            if not 1 <= cap <= self.sampling.max_new_tokens:
+                raise ValueError(f"length.cap_schedule: cap {cap} must be between 1 and sampling.max_new_tokens")
+        return self
+
+
+class GeneralSection(Section):
+    tasks: list[str] = ["world"]
+    """lm-eval task names or YAML files; `world` = the 11 embedded tasks."""
+    include_path: str | None = None
+    """Folder with further lm-eval task YAMLs."""
+    limit: int | None = Field(None, ge=1)
+    """Documents per task."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Default: each task's own."""
+
+
+class ConversationSection(Section):
+    questions: str = "world:conversations.jsonl"
+    """JSONL of multi-turn questions."""
+    judge: Literal["scripted"] = "scripted"
+    """scripted: exact rules that come with the questions."""
+    limit: int | None = Field(None, ge=1)
+
+
+class ToxicitySection(Section):
+    prompts: str = "world:toxicity.jsonl"
+    """JSONL of prompts: {"id", "prompt": [turns], "set": "provoking"|"harmful"|"harmless"}."""
+    bad_words: str = "world:bad_words.txt"
+    """One word a line."""
+    classifier: Literal["auto", "profanity-check", "wordlist"] = "auto"
+    """auto: profanity-check where it is installed, else the word list; the report says which."""
+    samples_per_prompt: int = Field(1, ge=1)
+    limit: int | None = Field(None, ge=1)
+
+
+class EvaluationSection(Section):
+    suites: list[Literal["general", "conversation", "toxicity"]] = ["general", "conversation", "toxicity"]
+    general: GeneralSection = GeneralSection()
+    conversation: ConversationSection = ConversationSection()
+    toxicity: ToxicitySection = ToxicitySection()
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    """For sampled answers; 0 = greedy."""
+    batch_size: int = Field(64, ge=1)
+    bootstrap_draws: int = Field(10_000, ge=100)
+    min_coverage: float = Field(0.95, ge=0, le=1)
+    """Share of items that must be scored before a headline is shown."""
+
+
+class LoggingSection(Section):
+    adapters: list[Adapter] = []
+    """Where metrics go beside metrics.jsonl."""
+    project: str = "direct-rlhf"
+    samples: int = Field(4, ge=0)
+    """Rollouts written to samples.jsonl per iteration."""
+
+
+class Recipe(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run directory."""
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch. Default: the cores this process may use."""
+    arms: list[Arm] = ["base", "direct_ppo"]
+    """Which models are made and compared. base is the model as it was loaded."""
+    model: ModelSection = ModelSection()
+    dialogue: DialogueSection = DialogueSection()
+    data: DataSection = DataSection()
+    reward: RewardSection = RewardSection()
+    sft: SupervisedSection = SupervisedSection()
+    dpo: DpoSection = DpoSection()
+    ppo: PpoSection = PpoSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _arms_once(self) -> "Recipe":
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError("arms: each arm may be named once")
+        if "base" not in self.arms:
+            raise ValueError("arms: base must be among them, it is what every arm is compared with")
+        return self

@@ -1,0 +1,60 @@
+"""What a sampler is asked for and what it returns.
+
+Legend: B answers, P prompt slots (left-padded), T response slots (right-padded).
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class FinishReason(StrEnum):
+    """How an answer ended."""
+
+    EOS = "eos"  # the policy sampled EOS
+    STOP = "stop"  # a stop string appeared
+    LENGTH = "length"  # the cap cut it
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Generation settings; there is no truncation sampling, so the sampled distribution is the scored one."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 = greedy (evaluation only)
+    stop_strings: tuple[str, ...] = ()
+    keep_stop: bool = False  # True: stop tokens stay as actions; False: swapped for an EOS that is no action
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """Names one sample's random stream: a sample depends on these four and on nothing beside it in the batch."""
+
+    seed: int
+    prompt_id: str
+    iteration: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled answers with all that training needs; padded slots of every tensor are 0 / False.
+
+    ``response_mask_BT`` covers all ids that are kept (a swapped-in EOS too); ``action_mask_BT`` only the tokens that the
+    policy sampled and that were kept, so that always ``action_mask <= response_mask`` and each row has >= 1 action.
+    """
+
+    prompt_ids_BP: Tensor  # int64, left-padded
+    prompt_mask_BP: Tensor  # bool
+    response_ids_BT: Tensor  # int64, right-padded
+    response_mask_BT: Tensor  # bool
+    action_mask_BT: Tensor  # bool
+    logprob_BT: Tensor  # float32 nats at sampling time, temperature applied; 0 where action_mask is False
+    finish: tuple[FinishReason, ...]  # B
+    texts: tuple[str, ...]  # B, text before the stop string / EOS, as the reward model reads it (not stripped)
+    keys: tuple[SampleKey, ...]  # B
+    policy_version: int  # optimiser steps the sampling policy had taken
+
+    def __len__(self) -> int:
+        return self.response_ids_BT.shape[0]
