@@ -60,7 +60,7 @@ class RejectedRow:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Preference pairs, split by prompt hash. ``weights``: training share per pair id's source kind is already applied."""
+    """Preference pairs, split by prompt hash; the sources' mixing weights are already applied to ``train``."""
 
     train: tuple[PreferencePair, ...]
     held_out: tuple[PreferencePair, ...]

@@ -60,8 +60,8 @@ class DataSource(Section):
     """A file, a folder, `world:NAME`, or `hf:OWNER/NAME[:SPLIT]`."""
     kind: str = Field("helpful", min_length=1, max_length=40)
     """What the pairs stress: helpful, harmless, honest, or a word of yours. A row's own `kind` wins."""
-    weight: float = Field(1.0, ge=0)
-    """Share of this source in the training mixture, relative to the others; 0 leaves it out of training."""
+    weight: float = Field(1.0, ge=0, le=4)
+    """How often its training rows are used: 1 = each once, 0.5 = half of them, 2 = each twice, 0 = none."""
     format: Literal["auto", "explicit", "implicit", "messages", "sharegpt", "alpaca", "hh", "prompt", "text"] = "auto"
     """Row format; auto sniffs it from the first rows and says what it found."""
     limit: int | None = Field(None, ge=1)
@@ -193,7 +193,7 @@ class SamplingSection(Section):
 
 class LengthSection(Section):
     unfinished: UnfinishedRule = "replace"
-    """Score of an answer cut by the cap, in normalised units: the base's low quantile, a subtraction, a scale, or masked out."""
+    """Score of an answer cut by the cap: the base's low quantile, a subtraction, a scale, or masked out of the loss."""
     unfinished_penalty: float = Field(1.0, ge=0)
     """For `subtract`."""
     unfinished_factor: float = Field(0.5, ge=0, le=1)

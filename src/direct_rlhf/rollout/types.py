@@ -41,8 +41,8 @@ class SampleKey:
 class Rollout:
     """Sampled answers with all that training needs; padded slots of every tensor are 0 / False.
 
-    ``response_mask_BT`` covers all ids that are kept (a swapped-in EOS too); ``action_mask_BT`` only the tokens that the
-    policy sampled and that were kept, so that always ``action_mask <= response_mask`` and each row has >= 1 action.
+    ``response_mask_BT`` covers all ids that are kept (a swapped-in EOS too); ``action_mask_BT`` only the tokens that
+    the policy sampled and that were kept, so that always ``action_mask <= response_mask``, with >= 1 action a row.
     """
 
     prompt_ids_BP: Tensor  # int64, left-padded
