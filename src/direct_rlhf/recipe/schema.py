@@ -4,11 +4,13 @@ Each field carries its help once, with unit and range. A class's defaults are it
 of the starting values); shipped recipes state what they change.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Arm = Literal["base", "sft", "sft_ppo", "dpo", "direct_ppo"]
+Suite = Literal["general", "conversation", "toxicity"]
 Adapter = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 UnfinishedRule = Literal["replace", "subtract", "scale", "mask"]
 
@@ -16,7 +18,27 @@ UnfinishedRule = Literal["replace", "subtract", "scale", "mask"]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_own_defaults(cls, data: Any) -> Any:
+        """An empty section is its defaults; a partly given one keeps what this place (not its class) sets for the rest.
+
+        So `reward.optimiser.learning_rate=1e-4` leaves the reward model's own schedule alone.
+        """
+        if data is None:
+            return {}
+        if not isinstance(data, Mapping):
+            return data
+        filled = dict(data)
+        for name, field in cls.model_fields.items():
+            default, given = field.default, filled.get(name)
+            if isinstance(default, Section) and isinstance(given, Mapping) and field.discriminator is None:
+                filled[name] = {key: getattr(default, key) for key in default.model_fields_set} | dict(given)
+        return filled
 
 
 class LoraSection(Section):
@@ -38,6 +60,7 @@ class ModelSection(Section):
     tuning: Literal["full", "lora"] = "full"
     """full: four separate models. lora: one frozen trunk with adapters for policy, critic and reward."""
     lora: LoraSection = LoraSection()
+    """The adapters; used when tuning is lora."""
     trust_remote_code: bool = False
     """Dangerous: runs code that comes with the model."""
 
@@ -90,9 +113,10 @@ class DataSection(Section):
 class OptimiserSection(Section):
     learning_rate: float = Field(1e-4, gt=0, lt=1)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Adam decay rates."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW) weight decay; each step multiplies it by the learning rate."""
     warmup: float = Field(0.03, ge=0, le=1)
     """Share of the steps over which the rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -122,9 +146,11 @@ class RewardSection(Section):
     epochs: float = Field(1.0, gt=0)
     """Passes over the training pairs; fractions are allowed."""
     max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps after which training ends, whatever the epochs. Default: no cap."""
     batch_size: int = Field(32, ge=1)
     """Pairs per optimiser step."""
     optimiser: OptimiserSection = OptimiserSection(learning_rate=3e-4, schedule="linear")
+    """Optimiser of the reward model."""
     margin: bool = False
     """Use the pairs' margin column in the loss."""
     centring: float = Field(0.01, ge=0)
@@ -132,6 +158,7 @@ class RewardSection(Section):
     normalisation_prompts: int = Field(512, ge=8)
     """Base-model samples whose scores define mean 0 and variance 1."""
     fitness: FitnessSection = FitnessSection()
+    """Limits of the fitness card, which says whether the reward model is fit for PPO."""
 
 
 class TrainedReward(Section):
@@ -141,19 +168,22 @@ class TrainedReward(Section):
 
 class ModelReward(Section):
     type: Literal["model"]
+    """A reward model that exists already."""
     path: str
     """A reward model made by `direct-rlhf reward train` (its normalisation must be of the same base and settings)."""
 
 
 class PythonReward(Section):
     type: Literal["python"]
-    target: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    """A Python function."""
+    target: str = Field(pattern=r"^[\w.]+:[\w.]+$", json_schema_extra={"must": "look like package.module:function"})
     """`module:function`, called with a list of {"prompt": [turns], "answer": str, "kind": str}; returns floats."""
 
 
 class HttpReward(Section):
     type: Literal["http"]
-    url: str = Field(pattern=r"^https?://")
+    """A server that scores answers."""
+    url: str = Field(pattern=r"^https?://", json_schema_extra={"must": "start with http:// or https://"})
     """POST {"items": [{"prompt", "answer", "kind"}]} answered by {"scores": [float]}."""
     timeout: float = Field(30.0, gt=0)
     """Seconds."""
@@ -166,20 +196,28 @@ class SupervisedSection(Section):
     """SFT on the chosen answers."""
 
     epochs: float = Field(1.0, gt=0)
+    """Passes over the chosen answers; fractions are allowed."""
     max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps after which training ends, whatever the epochs. Default: no cap."""
     batch_size: int = Field(32, ge=1)
     """Dialogues per optimiser step."""
     optimiser: OptimiserSection = OptimiserSection(learning_rate=2e-4, schedule="cosine")
+    """Optimiser of SFT."""
 
 
 class DpoSection(Section):
+    """Direct preference optimisation on the pairs."""
+
     epochs: float = Field(1.0, gt=0)
+    """Passes over the training pairs; fractions are allowed."""
     max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps after which training ends, whatever the epochs. Default: no cap."""
     batch_size: int = Field(32, ge=1)
     """Pairs per optimiser step."""
     beta: float = Field(0.1, gt=0)
     """Inverse temperature of the implicit reward."""
     optimiser: OptimiserSection = OptimiserSection(learning_rate=1e-4, schedule="cosine")
+    """Optimiser of DPO."""
 
 
 class SamplingSection(Section):
@@ -212,6 +250,7 @@ class LengthSection(Section):
 
 class KLSection(Section):
     controller: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: the coefficient follows the target. fixed: it stays as it is."""
     coefficient: float = Field(0.05, ge=0)
     """beta, the starting weight of the KL penalty."""
     target: float = Field(6.0, gt=0)
@@ -230,6 +269,7 @@ class CriticSection(Section):
     warmup: int = Field(5, ge=0)
     """Critic-only minibatch updates before the policy moves."""
     optimiser: OptimiserSection = OptimiserSection(learning_rate=1e-4)
+    """Optimiser of the critic, apart from the policy's."""
 
 
 class PtxSection(Section):
@@ -242,28 +282,44 @@ class PtxSection(Section):
 
 
 class PpoSection(Section):
+    """PPO, used by the arms direct_ppo (from the base) and sft_ppo (from the SFT model)."""
+
     iterations: int = Field(20, ge=1)
+    """Rounds of sampling, scoring, estimating and updating."""
     rollouts: int = Field(64, ge=1)
     """Answers sampled per iteration."""
     samples_per_prompt: int = Field(1, ge=1)
+    """Answers sampled for each prompt of an iteration; must divide `rollouts`."""
     minibatch_size: int = Field(32, ge=1)
     """Answers per optimiser step; must divide `rollouts`."""
     micro_batch_size: int = Field(32, ge=1)
     """Answers per forward and backward; changes memory, not results."""
     epochs: int = Field(4, ge=1)
+    """Passes over the rollouts of an iteration."""
     optimiser: OptimiserSection = OptimiserSection(learning_rate=3e-5)
+    """Optimiser of the policy."""
     critic: CriticSection = CriticSection()
+    """The value model."""
     reward: RewardSource = TrainedReward()
+    """Where scores come from; its `type` says which kind."""
     sampling: SamplingSection = SamplingSection()
+    """How answers are sampled and how they end."""
     length: LengthSection = LengthSection()
+    """Length control and the score of unfinished answers."""
     kl: KLSection = KLSection()
+    """The pull towards the base model, and when to stop."""
     ptx: PtxSection = PtxSection()
+    """Pretraining text mixed into the policy's loss, against forgetting."""
     gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
     lam: float = Field(0.95, ge=0, le=1)
     """GAE lambda."""
     clip: float = Field(0.2, gt=0)
+    """The importance ratio is clipped to 1 +- this."""
     value_clip: float = Field(0.2, gt=0)
+    """A value may move this far from its rollout-time value, in normalised reward units."""
     dual_clip: float | None = Field(None, gt=1)
+    """Bound on the loss of a large ratio with a negative advantage. Default: off."""
     entropy: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     score_clip: float = Field(10.0, gt=0)
@@ -275,7 +331,9 @@ class PpoSection(Section):
     best_kl_limit: float | None = Field(None, gt=0)
     """Only checkpoints below this sequence KL can be best. Default: twice the KL target."""
     checkpoint_every: int = Field(10, ge=1)
+    """Iterations between resumable checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that stay on disk."""
 
     @model_validator(mode="after")
     def _whole_minibatches(self) -> "PpoSection":
@@ -287,7 +345,15 @@ class PpoSection(Section):
             )
         for _, cap in self.length.cap_schedule:
             if not 1 <= cap <= self.sampling.max_new_tokens:
-                raise ValueError(f"length.cap_schedule: cap {cap} must be between 1 and sampling.max_new_tokens")
+                raise ValueError(
+                    f"length.cap_schedule: cap {cap} must be between 1 and sampling.max_new_tokens "
+                    f"({self.sampling.max_new_tokens})"
+                )
+        if self.length.overlong_buffer > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"length.overlong_buffer ({self.length.overlong_buffer}) may not pass sampling.max_new_tokens "
+                f"({self.sampling.max_new_tokens})"
+            )
         return self
 
 
@@ -308,6 +374,7 @@ class ConversationSection(Section):
     judge: Literal["scripted"] = "scripted"
     """scripted: exact rules that come with the questions."""
     limit: int | None = Field(None, ge=1)
+    """Use only the first so many questions."""
 
 
 class ToxicitySection(Section):
@@ -318,19 +385,28 @@ class ToxicitySection(Section):
     classifier: Literal["auto", "profanity-check", "wordlist"] = "auto"
     """auto: profanity-check where it is installed, else the word list; the report says which."""
     samples_per_prompt: int = Field(1, ge=1)
+    """Answers sampled for each prompt."""
     limit: int | None = Field(None, ge=1)
+    """Use only the first so many prompts of each set."""
 
 
 class EvaluationSection(Section):
-    suites: list[Literal["general", "conversation", "toxicity"]] = ["general", "conversation", "toxicity"]
+    suites: list[Suite] = ["general", "conversation", "toxicity"]
+    """What every arm is measured on."""
     general: GeneralSection = GeneralSection()
+    """General skill: multiple-choice and short-answer tasks through lm-eval."""
     conversation: ConversationSection = ConversationSection()
+    """Multi-turn conversations with a judge."""
     toxicity: ToxicitySection = ToxicitySection()
+    """Bad words, toxic answers, refusal and over-refusal."""
     max_new_tokens: int = Field(64, ge=1)
+    """Cap on a sampled answer, in tokens."""
     temperature: float = Field(1.0, ge=0)
     """For sampled answers; 0 = greedy."""
     batch_size: int = Field(64, ge=1)
+    """Items per forward; changes memory and speed, not results."""
     bootstrap_draws: int = Field(10_000, ge=100)
+    """Resamples behind each interval."""
     min_coverage: float = Field(0.95, ge=0, le=1)
     """Share of items that must be scored before a headline is shown."""
 
@@ -339,29 +415,46 @@ class LoggingSection(Section):
     adapters: list[Adapter] = []
     """Where metrics go beside metrics.jsonl."""
     project: str = "direct-rlhf"
+    """Project name that the adapters file this run under."""
     samples: int = Field(4, ge=0)
     """Rollouts written to samples.jsonl per iteration."""
 
 
 class Recipe(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Name of the run directory."""
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        json_schema_extra={"must": "be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit"},
+    )
+    """Name of the run directory. Default: the name of the recipe file."""
     description: str = ""
+    """A sentence on what the run is for; shown in the report."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Every random choice follows from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the first CUDA device where there is one, else the CPU."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch. Default: the cores this process may use."""
     arms: list[Arm] = ["base", "direct_ppo"]
     """Which models are made and compared. base is the model as it was loaded."""
     model: ModelSection = ModelSection()
+    """The base model and how it is tuned."""
     dialogue: DialogueSection = DialogueSection()
+    """How a conversation becomes text; the same everywhere."""
     data: DataSection = DataSection()
+    """Where preferences, prompts and text come from."""
     reward: RewardSection = RewardSection()
+    """Training and fitness of the reward model."""
     sft: SupervisedSection = SupervisedSection()
+    """Supervised fine-tuning, for the arms sft and sft_ppo."""
     dpo: DpoSection = DpoSection()
+    """Direct preference optimisation, for the arm dpo."""
     ppo: PpoSection = PpoSection()
+    """PPO, for the arms direct_ppo and sft_ppo."""
     evaluation: EvaluationSection = EvaluationSection()
+    """What every arm is measured on."""
     logging: LoggingSection = LoggingSection()
+    """Where metrics and samples go."""
 
     @model_validator(mode="after")
     def _arms_once(self) -> "Recipe":
