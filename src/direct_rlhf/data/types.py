@@ -47,6 +47,7 @@ class PreferencePair:
     kind: str
     source: str  # FILE:LINE
     margin: float | None = None
+    cut_early: bool = False  # the source's two dialogues go on after the answers that are compared here
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,4 @@ class PromptData:
     held_out: tuple[Prompt, ...]
     rejected: tuple[RejectedRow, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
