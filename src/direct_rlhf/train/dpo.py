@@ -1,0 +1,111 @@
+"""Direct preference optimisation on the preference pairs: the base is policy and reference.
+
+Legend: B pairs, n pairs of a whole data set.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from direct_rlhf.data.dialogue import DialogueFormat
+from direct_rlhf.data.tokens import Tokens, load_tokens
+from direct_rlhf.data.types import PreferenceData
+from direct_rlhf.maths.losses import dpo
+from direct_rlhf.models.forward import token_logprobs
+from direct_rlhf.models.loading import autocast, save_causal_lm
+from direct_rlhf.run.context import StageContext
+from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, model_card, run_steps
+from direct_rlhf.train.pairs import EncodedPair, PairBatch, encode_pairs, pair_batches
+
+STATISTICS = ("loss", "accuracy", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
+
+
+def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None = None, arm: str = "dpo") -> Path:
+    """Train the base with DPO and save it under ``models/ARM``.
+
+    The reference's log-probabilities are computed once, before the first step, by the model itself.
+    """
+    recipe, section = ctx.recipe, ctx.recipe.dpo
+    dialogue = DialogueFormat(recipe.dialogue, tokens or load_tokens(recipe.model.base, revision=recipe.model.revision))
+    train = encode_pairs(data.train, dialogue, recipe.data)
+    held_out = encode_pairs(data.held_out, dialogue, recipe.data)[:HELD_OUT_ITEMS]
+    model = load_trainee(recipe, ctx.device, arm)
+    reference_train = _reference(ctx, model, train, "DPO reference, training pairs")
+    reference_held_out = _reference(ctx, model, held_out, "DPO reference, held-out pairs")
+
+    def accumulate(rows: list[int]) -> dict[str, float]:
+        picked = tuple(reference[rows] for reference in reference_train)
+        return pair_loss([train[row] for row in rows], picked, backward=True)
+
+    def evaluate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        values = pair_loss(held_out, reference_held_out, backward=False)
+        return {f"held_out_{name}": value for name, value in values.items()}
+
+    def pair_loss(pairs: Sequence[EncodedPair], reference: tuple[Tensor, ...], *, backward: bool) -> dict[str, float]:
+        """Mean loss and statistics over ``pairs``; with ``backward`` the loss's gradient is added as well."""
+        n = len(pairs)
+        sums = dict.fromkeys(STATISTICS, 0.0)
+        with torch.set_grad_enabled(backward), autocast(ctx.device, recipe.model.dtype):
+            for batch in pair_batches(pairs, ctx.device):
+                chosen_B, rejected_B = answer_logprobs(model, batch)
+                reference_chosen_B, reference_rejected_B = (part[batch.rows].to(ctx.device) for part in reference)
+                term = dpo(
+                    chosen_B, rejected_B, reference_chosen_B, reference_rejected_B, beta=section.beta, denominator=n
+                )
+                if backward:
+                    term.loss.backward()
+                sums["loss"] += float(term.loss.detach())
+                sums["accuracy"] += float(term.accuracy)
+                sums["chosen_reward"] += float(term.chosen_reward)
+                sums["rejected_reward"] += float(term.rejected_reward)
+                sums["chosen_logprob"] += float(chosen_B.detach().sum()) / n
+                sums["rejected_logprob"] += float(rejected_B.detach().sum()) / n
+        return {**sums, "reward_margin": sums["chosen_reward"] - sums["rejected_reward"]}
+
+    steps = run_steps(
+        ctx,
+        Task(
+            stage=arm,
+            title=f"DPO ({arm})",
+            ids=[pair.pair.id for pair in train],
+            module=model,
+            accumulate=accumulate,
+            evaluate=evaluate,
+        ),
+        section,
+    )
+    folder: Path = ctx.run.path / "models" / arm
+    what = f"Direct preference optimisation (beta {section.beta:g}) on {len(train)} pairs, {steps} steps."
+    save_causal_lm(
+        model,
+        dialogue.tokens,
+        folder,
+        stop_strings=dialogue.stop_strings,
+        card=model_card(recipe, arm, what, dialogue.stop_strings),
+    )
+    return folder
+
+
+def answer_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """log P of each whole answer (EOS included), nats: (chosen [B], rejected [B])."""
+    logprob_BL = token_logprobs(model, batch.ids_BL, batch.mask_BL, batch.answer_BL).logprob_BL
+    chosen_B, rejected_B = logprob_BL.sum(dim=1).chunk(2)
+    return chosen_B, rejected_B
+
+
+@torch.no_grad()
+def _reference(ctx: StageContext, model: Any, pairs: Sequence[EncodedPair], title: str) -> tuple[Tensor, Tensor]:
+    """The untrained model's log-probabilities (chosen [n], rejected [n]), on the CPU."""
+    chosen_n, rejected_n = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    with ctx.progress(title, total=len(pairs)) as bar, autocast(ctx.device, ctx.recipe.model.dtype):
+        for batch in pair_batches(pairs, ctx.device):
+            ctx.check_stop()
+            chosen_B, rejected_B = answer_logprobs(model, batch)
+            chosen_n[batch.rows], rejected_n[batch.rows] = chosen_B.cpu(), rejected_B.cpu()
+            bar.advance(len(batch.rows))
+    return chosen_n, rejected_n

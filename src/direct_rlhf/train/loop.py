@@ -1,0 +1,137 @@
+"""The loop that SFT, DPO and reward training share: steps with metrics, held-out checks, checkpoints, resume and stop.
+
+The batch of a step is a pure function of (seed, stage, step), nothing draws from a global random state and dropout is
+off, so weights, optimiser and the step number are all that a resume needs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from direct_rlhf import __version__
+from direct_rlhf.errors import CheckpointError, DataError
+from direct_rlhf.models.loading import add_lora, load_causal_lm
+from direct_rlhf.randomness import cycle
+from direct_rlhf.recipe.schema import DpoSection, Recipe, RewardSection, SupervisedSection
+from direct_rlhf.run.checkpoints import Checkpoint, pack, unpack
+from direct_rlhf.run.context import StageContext
+from direct_rlhf.train.step import Optimiser
+
+CHECKPOINT_EVERY = 200  # steps
+HELD_OUT_CHECKS = 5  # times within a training that the held-out data are looked at, beside its start
+HELD_OUT_ITEMS = 512  # of them; the fitness card and the evaluation look at all
+SHOWN = ("loss", "accuracy", "held_out_accuracy", "held_out_loss")
+
+
+StepsSection = SupervisedSection | DpoSection | RewardSection
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one training does; the loop knows nothing else of it."""
+
+    stage: str  # names metrics, checkpoints and the order of the data
+    title: str  # shown beside the progress bar
+    ids: Sequence[str]  # names of the training items, for messages
+    module: nn.Module  # its parameters that require gradients are trained
+    accumulate: Callable[[list[int]], dict[str, float]]  # gradients of the rows' mean loss; metrics with "loss"
+    evaluate: Callable[[], dict[str, float]]  # metrics on held-out data, {} if there are none
+
+
+def total_steps(section: StepsSection, items: int) -> int:
+    """Optimiser steps for ``epochs`` passes over ``items``: full batches, the last one running into the next pass."""
+    steps = max(math.ceil(section.epochs * items / section.batch_size - 1e-9), 1)
+    return steps if section.max_steps is None else min(steps, section.max_steps)
+
+
+def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
+    """Train to the end, from the newest checkpoint if there is one; returns the number of steps.
+
+    Errors: DataError without training items; DivergenceError on a non-finite loss or gradient, weights as before that
+    step; Interrupted, resumable, when asked to stop.
+    """
+    if not task.ids:
+        raise DataError(f"{task.stage}: no training items are left. Look at rejected.jsonl and the limits in data.")
+    steps = total_steps(section, len(task.ids))
+    named = {name: parameter for name, parameter in task.module.named_parameters() if parameter.requires_grad}
+    optimiser = Optimiser(named.values(), section.optimiser, steps)
+    store = ctx.run.checkpoints(task.stage, keep=1)
+    checkpoint = store.latest()
+    if checkpoint is not None:
+        _restore(checkpoint, named, optimiser, task.stage)
+    metrics = ctx.run.metrics(task.stage)
+    metrics.rewind(optimiser.steps if checkpoint else -1)
+
+    def save() -> None:
+        tensors, state = pack(optimiser.state())
+        store.save(optimiser.steps, {"model": named, "optimiser": tensors}, {"optimiser": state})
+
+    if checkpoint is None:
+        metrics.log(0, task.evaluate())
+    with ctx.progress(task.title, total=steps) as bar:
+        bar.advance(optimiser.steps)
+        while optimiser.steps < steps:
+            step = optimiser.steps
+            rows = cycle(len(task.ids), step * section.batch_size, section.batch_size, ctx.recipe.seed, task.stage)
+            rate = optimiser.learning_rate
+            values = task.accumulate(rows)
+            where = f"{task.stage}, step {step + 1}, items {', '.join(task.ids[row] for row in rows[:8])}"
+            norm = optimiser.step(values["loss"], where=where)
+            passes = (step + 1) * section.batch_size / len(task.ids)
+            values |= {"grad_norm": norm, "learning_rate": rate, "epoch": passes}
+            if _checks_now(step + 1, steps):
+                values |= task.evaluate()
+            metrics.log(step + 1, values)
+            bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
+            if ctx.should_stop() or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+                save()
+            ctx.check_stop()
+    metrics.close()
+    return steps
+
+
+def load_trainee(recipe: Recipe, device: str, adapter: str) -> Any:
+    """The base model ready to be trained: float32 master weights, or a frozen trunk under a fresh LoRA adapter."""
+    section = recipe.model
+    full = section.tuning == "full"
+    model = load_causal_lm(
+        section.base,
+        dtype="float32" if full else section.dtype,
+        device=device,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    return model.requires_grad_(True) if full else add_lora(model, section.lora, adapter, seed=recipe.seed)
+
+
+def model_card(recipe: Recipe, arm: str, what: str, stop_strings: Sequence[str]) -> str:
+    """README.md of a trained arm: what it is, from what, how it is to be used."""
+    stops = ", ".join(f"`{stop!r}`" for stop in stop_strings) or "none"
+    return (
+        f"# {arm}\n\n{what}\n\n"
+        f"- base model: `{recipe.model.base}`, tuning: {recipe.model.tuning}\n"
+        f"- recipe: `{recipe.name}`, seed {recipe.seed}, direct-rlhf {__version__}\n"
+        f"- an answer ends with EOS or one of these stop strings: {stops}\n\n"
+        "It is a plain transformers checkpoint. `generate` reads the stop strings from `generation_config.json` and "
+        "needs `tokenizer=` for them.\n"
+    )
+
+
+def _checks_now(step: int, steps: int) -> bool:
+    """True HELD_OUT_CHECKS times, evenly spread, the last one at the end."""
+    return step * HELD_OUT_CHECKS // steps > (step - 1) * HELD_OUT_CHECKS // steps
+
+
+def _restore(checkpoint: Checkpoint, named: dict[str, nn.Parameter], optimiser: Optimiser, stage: str) -> None:
+    tensors = checkpoint.tensors("model")
+    if tensors.keys() != named.keys():
+        odd = sorted(tensors.keys() ^ named.keys())[:3]
+        raise CheckpointError(f"{stage}: the checkpoint at {checkpoint.path} is of another model: {odd} do not match")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[name])
+    optimiser.load_state(unpack(checkpoint.tensors("optimiser"), checkpoint.state["optimiser"]))
