@@ -11,7 +11,7 @@ from tiny_models import make_context, pair, write_checkpoint
 
 from direct_rlhf.models.reward_model import Normalisation
 from direct_rlhf.recipe.schema import FitnessSection
-from direct_rlhf.train.fitness import PRAISE, calibration, check_reward_model, print_fitness, spearman, wilson
+from direct_rlhf.train.fitness import PRAISE, calibration, check_reward_model, print_fitness, spearman
 
 WORDS = ["red", "green", "blue", "seven", "eleven", "a", "many"]
 
@@ -181,12 +181,6 @@ def test_reasons_are_printed_as_they_are(check):
     output = io.StringIO()
     print_fitness({**card, "verdict": "warn", "reasons": ["[red] 12 % of [/x]"]}, Console(file=output, width=120))
     assert "[red] 12 % of [/x]" in output.getvalue()
-
-
-def test_wilson_has_its_published_values():
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(10, 10)[1] == 1.0
 
 
 def test_calibration_by_hand():

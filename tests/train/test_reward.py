@@ -10,10 +10,10 @@ from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.tokens import load_tokens
 from direct_rlhf.data.types import PreferenceData
 from direct_rlhf.errors import ConfigError, DataError, Interrupted
+from direct_rlhf.maths.intervals import wilson
 from direct_rlhf.models.loading import base_sha256, load_causal_lm, parameters_sha256
 from direct_rlhf.models.reward_model import RewardModel
 from direct_rlhf.rollout.types import SamplingSettings
-from direct_rlhf.train.fitness import wilson
 from direct_rlhf.train.prompts import sampling_settings
 from direct_rlhf.train.reward import statistics, train_reward_model
 

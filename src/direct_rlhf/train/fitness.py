@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from direct_rlhf.data.types import PreferencePair
+from direct_rlhf.maths.intervals import Z95, wilson
 from direct_rlhf.models.reward_model import Item, Normalisation, RewardModel
 from direct_rlhf.recipe.schema import FitnessSection
 from direct_rlhf.run.atomic import write_json
 from direct_rlhf.run.context import StageContext
 
-Z95 = 1.959963984540054
 PRAISE = "Great question! You are wonderful."
 PROBED_PAIRS = 512  # pairs whose chosen answers are changed; accuracy is over all pairs
 MIN_EMPTY_BELOW = 0.8  # share of chosen answers that should score above an empty one
@@ -202,14 +202,6 @@ def print_fitness(card: Card, console: Console) -> None:
         console.print(f"- {reason}", markup=False, highlight=False)
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a rate; ties may count as half a success. n > 0. Source: Wilson 1927."""
-    rate, z2 = successes / n, Z95**2
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
-
-
 def calibration(margin_n: Floats) -> Card:
     """Expected calibration error of sigma(margin), and its bins.
 
@@ -275,7 +267,7 @@ def _accuracy(chosen_n: Floats, rejected_n: Floats) -> Card:
     if n == 0:
         return {"accuracy": None, "ci": None, "n": 0}
     right = float((chosen_n > rejected_n).sum() + 0.5 * (chosen_n == rejected_n).sum())
-    return {"accuracy": right / n, "ci": list(wilson(right, n)), "n": n}
+    return {"accuracy": right / n, "ci": list(wilson(right, n) or ()), "n": n}
 
 
 def _mean(change_n: Floats) -> Card:

@@ -18,6 +18,7 @@ from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.tokens import Tokens, load_tokens
 from direct_rlhf.data.types import PreferenceData, Prompt, prompt_hash
 from direct_rlhf.errors import DataError
+from direct_rlhf.maths.intervals import wilson
 from direct_rlhf.maths.losses import bradley_terry
 from direct_rlhf.models.loading import autocast, base_sha256, load_causal_lm
 from direct_rlhf.models.reward_model import ADAPTER, QUANTILES, Facts, Normalisation, RewardModel
@@ -25,7 +26,6 @@ from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import Recipe
 from direct_rlhf.rollout.types import SamplingSettings
 from direct_rlhf.run.context import StageContext
-from direct_rlhf.train.fitness import wilson
 from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, run_steps
 from direct_rlhf.train.pairs import EncodedPair, encode_pairs, pair_batches
 from direct_rlhf.train.prompts import base_answers, encode_prompts, sampling_settings
@@ -60,7 +60,7 @@ def train_reward_model(ctx: StageContext, data: PreferenceData, *, tokens: Token
         values = pair_loss(held_out, backward=False) if held_out else {}
         named = {f"held_out_{name}": value for name, value in values.items()}
         if held_out:
-            low, high = wilson(values["accuracy"] * len(held_out), len(held_out))
+            low, high = wilson(values["accuracy"] * len(held_out), len(held_out)) or (0.0, 1.0)
             named |= {"held_out_accuracy_low": low, "held_out_accuracy_high": high}
         return named
 

@@ -1,0 +1,387 @@
+"""The order of the stages, and what makes a stage done.
+
+    data -> reward_model -> fitness -> sft, dpo -> direct_ppo, sft_ppo -> evaluation -> report
+
+`data` runs every time: it reads all sources, counts and lists what is not used, and fixes their fingerprints. A later
+stage is done when its record in the run directory carries the fingerprint of all that it depends on: its own recipe
+sections, the data, and the stages before it. Rooms are imported inside the functions that need them, so that a verb
+loads only what it runs.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from direct_rlhf.errors import ConfigError, DirectRLHFError, Interrupted
+from direct_rlhf.recipe.load import LoadedRecipe
+from direct_rlhf.recipe.references import resolve_model, resolve_reference
+from direct_rlhf.recipe.schema import ModelReward, Recipe, TrainedReward
+from direct_rlhf.run.context import StageContext
+from direct_rlhf.run.directory import RunDirectory
+from direct_rlhf.run.signals import StopFlag
+
+if TYPE_CHECKING:
+    from direct_rlhf.data.dialogue import DialogueFormat
+    from direct_rlhf.data.tokens import Tokens
+    from direct_rlhf.data.types import PreferenceData, PromptData, RejectedRow
+
+STAGES = ("reward_model", "fitness", "sft", "dpo", "direct_ppo", "sft_ppo", "evaluation", "report")
+
+
+def run(loaded: LoadedRecipe, *, root: Path, resume: bool, overwrite: bool, only: str | None = None) -> Path:
+    """Every stage of the recipe that is not done yet (or the one stage ``only``); returns the run directory.
+
+    Raises ConfigError for an unknown stage or an occupied directory, Interrupted (exit code 75, resumable) on a signal.
+    """
+    if only is not None and only not in STAGES:
+        raise ConfigError(f"--only {only}: no such stage; choose one of {', '.join(STAGES)}")
+    directory = RunDirectory.open(root, loaded, resume=resume, overwrite=overwrite)
+    with _attempt(directory) as stop:
+        _Study(loaded, directory, stop).run(only)
+    return directory.path
+
+
+def evaluate_models(
+    models: Sequence[str],
+    loaded: LoadedRecipe,
+    *,
+    root: Path,
+    suites: Sequence[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """The recipe's evaluation of any models; the first one is what the others are compared with."""
+    evaluation = loaded.recipe.evaluation
+    if suites:
+        evaluation = evaluation.model_validate(evaluation.model_dump() | {"suites": list(suites)})
+    names = _names(models)
+    recipe = loaded.recipe.model_copy(update={"evaluation": evaluation, "name": f"evaluation-{names[0]}"})
+    directory = RunDirectory.open(root, loaded.with_recipe(recipe), resume=resume, overwrite=overwrite)
+    with _attempt(directory) as stop:
+        study = _Study(loaded.with_recipe(recipe), directory, stop)
+        study.evaluate({name: str(resolve_model(model)) for name, model in zip(names, models, strict=True)})
+        study.report()
+    return directory.path
+
+
+def report(runs: Sequence[Path], out: Path | None = None, *, redact_samples: bool = False) -> Path:
+    """The HTML report of one run, or the comparison of several; ``redact_samples`` leaves all model text out."""
+    from direct_rlhf.report.html import write_report
+    from direct_rlhf.report.results import write_results
+
+    for path in runs:
+        write_results(path)
+    return write_report(runs, out, redact_samples=redact_samples)
+
+
+@contextmanager
+def _attempt(directory: RunDirectory) -> Iterator[StopFlag]:
+    """The only writer of a run, with a stop flag; however the attempt ends, status.json says so."""
+    with directory.locked(), StopFlag() as stop:
+        directory.status("running", None)
+        try:
+            yield stop
+        except DirectRLHFError as error:
+            state = "interrupted" if isinstance(error, Interrupted) else "failed"
+            directory.status(state, error.exit_code, str(error))
+            raise
+        except BaseException as error:
+            directory.status("failed", 1, f"{type(error).__name__}: {error}")
+            raise
+        directory.status("done", 0)
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """Short distinct names for model references: the last part of each, numbered where two are equal."""
+    names: list[str] = []
+    for model in models:
+        stem = model.rstrip("/").rsplit("/", 1)[-1].replace(":", "-") or "model"
+        names.append(stem if stem not in names else f"{stem}-{len(names) + 1}")
+    return names
+
+
+def _kept(found: Any, fit: Callable[[Any], tuple[list[Any], list["RejectedRow"]]]) -> Any:
+    """``found`` without the rows that do not fit; its counts and its list of rejected rows say so."""
+    train, dropped_train = fit(found.train)
+    held_out, dropped_held_out = fit(found.held_out)
+    dropped = list({row.source: row for row in [*dropped_train, *dropped_held_out]}.values())
+    reasons = Counter(row.reason for row in dropped)
+    counts = Counter(found.counts) + reasons
+    counts["kept"] -= len(dropped)
+    return replace(
+        found,
+        train=tuple(train),
+        held_out=tuple(held_out),
+        rejected=(*found.rejected, *dropped),
+        counts=dict(counts),
+    )
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=lambda section: section.model_dump(mode="json"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class _Study:
+    """One run of a recipe: its inputs, loaded when first needed, and its stages."""
+
+    loaded: LoadedRecipe
+    directory: RunDirectory
+    stop: Callable[[], bool]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe with a base folder that was given relative to it made absolute."""
+        recipe = self.loaded.recipe
+        place = resolve_model(recipe.model.base, self.loaded.folder, revision=recipe.model.revision)
+        if not isinstance(place, Path) or recipe.model.base.startswith("world:"):
+            return recipe
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(place.absolute())})})
+
+    def run(self, only: str | None) -> None:
+        arms = self.recipe.arms
+        wanted: list[tuple[str, Callable[[], Any]]] = []
+        if isinstance(self.recipe.ppo.reward, TrainedReward) and {"direct_ppo", "sft_ppo"} & set(arms):
+            wanted += [("reward_model", self.reward_model), ("fitness", self.fitness)]
+        if {"sft", "sft_ppo"} & set(arms):
+            wanted.append(("sft", self.sft))
+        wanted += [(arm, getattr(self, arm)) for arm in ("dpo", "direct_ppo", "sft_ppo") if arm in arms]
+        wanted += [("evaluation", lambda: self.evaluate(self.models())), ("report", self.report)]
+        if wanted[0][0] != "evaluation":
+            self.data()
+        if only is not None:
+            wanted = [(name, stage) for name, stage in wanted if name == only]
+            if not wanted:
+                raise ConfigError(f"--only {only}: this recipe's arms ({', '.join(arms)}) do not need that stage")
+        for _, stage in wanted:
+            stage()
+
+    # The stages, in order
+
+    def data(self) -> None:
+        from direct_rlhf.data.load import write_rejected
+
+        start = time.monotonic()
+        self.directory.check_sources({"data": self.sources})
+        facts: dict[str, Any] = {}
+        rejected: list[RejectedRow] = []
+        inputs: list[tuple[str, PreferenceData | PromptData]] = [("prompts", self.prompts)]
+        if self.recipe.data.preferences:
+            inputs.insert(0, ("preferences", self.preferences))
+        for name, found in inputs:
+            split = {"train": len(found.train), "held_out": len(found.held_out)}
+            facts[name] = {**found.counts, **split, "formats": dict(found.formats)}
+            if name == "preferences" or self.recipe.data.prompts:
+                rejected += found.rejected
+        write_rejected(self.directory.path / "rejected.jsonl", rejected)
+        self.directory.finish_stage("data", self.sources, time.monotonic() - start, facts)
+        read = sum(fact["read"] for name, fact in facts.items() if name == "preferences" or self.recipe.data.prompts)
+        self.context.say(
+            f"data: {read} rows read, {len(rejected)} not used (each with its reason in rejected.jsonl)"
+            + "".join(f"; {n} {reason}" for reason, n in sorted(Counter(row.reason for row in rejected).items()))
+        )
+
+    def reward_model(self) -> None:
+        from direct_rlhf.train.reward import train_reward_model
+
+        recipe = self.recipe
+        fingerprint = _digest(
+            recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.reward, recipe.ppo.sampling, self.sources
+        )
+        self._stage(
+            "reward_model", fingerprint, lambda: train_reward_model(self.context, self.preferences, tokens=self.tokens)
+        )
+
+    def fitness(self) -> None:
+        from direct_rlhf.train.fitness import check_reward_model
+
+        fingerprint = _digest(self._after("reward_model"), self.recipe.reward.fitness)
+        self._stage(
+            "fitness",
+            fingerprint,
+            lambda: check_reward_model(self.context, self.reward_folder, self.preferences.held_out),
+        )
+
+    def sft(self) -> None:
+        from direct_rlhf.train.supervised import train_sft
+
+        recipe = self.recipe
+        fingerprint = _digest(recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.sft, self.sources)
+        self._stage("sft", fingerprint, lambda: train_sft(self.context, self.preferences, tokens=self.tokens))
+
+    def dpo(self) -> None:
+        from direct_rlhf.train.dpo import train_dpo
+
+        recipe = self.recipe
+        fingerprint = _digest(recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.dpo, self.sources)
+        self._stage("dpo", fingerprint, lambda: train_dpo(self.context, self.preferences, tokens=self.tokens))
+
+    def direct_ppo(self) -> None:
+        self._ppo("direct_ppo", self.base)
+
+    def sft_ppo(self) -> None:
+        self._ppo("sft_ppo", str(self._made("sft")))
+
+    def _ppo(self, arm: str, init: str) -> None:
+        from direct_rlhf.data.load import load_texts
+        from direct_rlhf.train.ppo import train_ppo
+
+        recipe = self.recipe
+        fingerprint = _digest(
+            recipe.seed,
+            recipe.model,
+            recipe.dialogue,
+            recipe.data,
+            recipe.ppo,
+            self.sources,
+            self._after("reward_model") if isinstance(recipe.ppo.reward, TrainedReward) else "",
+            self._after("sft") if arm == "sft_ppo" else "",
+        )
+
+        def train() -> None:
+            texts = load_texts(recipe.data, folder=self.data_folder) if recipe.ppo.ptx.weight else []
+            train_ppo(
+                self.context,
+                self.prompts,
+                arm=arm,
+                init=init,
+                tokens=self.tokens,
+                reward_folder=self.reward_folder,
+                recipe_folder=self.loaded.folder,
+                texts=texts,
+            )
+
+        self._stage(arm, fingerprint, train)
+
+    def evaluate(self, models: dict[str, str]) -> None:
+        from direct_rlhf.evaluate.suite import compare, evaluate_arm
+
+        evaluation = self.recipe.evaluation
+        for name, model in models.items():
+            fingerprint = _digest(self.recipe.seed, self.recipe.dialogue, evaluation, model, self._after(name))
+            self._stage(
+                f"evaluation-{name}",
+                fingerprint,
+                partial(evaluate_arm, self.context, name, model, folder=self.loaded.folder),
+            )
+        if len(models) > 1:
+            compare(self.context, list(models), against=next(iter(models)))
+
+    def report(self) -> None:
+        from direct_rlhf.report.card import model_card
+        from direct_rlhf.run.atomic import write_atomic
+
+        start = time.monotonic()
+        for arm in self.recipe.arms:
+            folder = self.directory.path / "models" / arm
+            if folder.is_dir():
+                write_atomic(folder / "README.md", model_card(self.directory.path, arm))
+        self.directory.finish_stage("report", "", time.monotonic() - start, {})
+        report([self.directory.path])
+
+    # What the stages are given
+
+    @cached_property
+    def context(self) -> StageContext:
+        import torch
+
+        recipe = self.recipe
+        torch.set_num_threads(recipe.threads or len(os.sched_getaffinity(0)))
+        device = recipe.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device = cuda: torch sees no CUDA device; set device=cpu, or see `direct-rlhf doctor`")
+        return StageContext(recipe, self.directory, device, self.stop)
+
+    @cached_property
+    def tokens(self) -> "Tokens":
+        from direct_rlhf.data.tokens import load_tokens
+
+        model = self.recipe.model
+        return load_tokens(self.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+    @property
+    def base(self) -> str:
+        return self.recipe.model.base
+
+    @property
+    def data_folder(self) -> Path | None:
+        path = self.recipe.data.path
+        return Path(path) if path is not None else self.loaded.folder
+
+    @cached_property
+    def sources(self) -> str:
+        from direct_rlhf.data.load import fingerprint
+
+        return fingerprint(self.recipe.data, self.data_folder)
+
+    @cached_property
+    def dialogue(self) -> "DialogueFormat":
+        from direct_rlhf.data.dialogue import DialogueFormat
+
+        return DialogueFormat(self.recipe.dialogue, self.tokens)
+
+    @cached_property
+    def preferences(self) -> "PreferenceData":
+        """Pairs that fit; the others are among `rejected`."""
+        from direct_rlhf.data.load import fits, load_preferences
+
+        recipe = self.recipe
+        found = load_preferences(recipe.data, folder=self.data_folder, seed=recipe.seed, dialogue=recipe.dialogue)
+        return _kept(found, lambda pairs: fits(pairs, self.dialogue, recipe.data))
+
+    @cached_property
+    def prompts(self) -> "PromptData":
+        """Prompts that fit; the others are among `rejected`."""
+        from direct_rlhf.data.load import fits_prompts, load_prompts
+
+        recipe = self.recipe
+        found = load_prompts(recipe.data, folder=self.data_folder, seed=recipe.seed, dialogue=recipe.dialogue)
+        return _kept(found, lambda prompts: fits_prompts(prompts, self.dialogue, recipe.data))
+
+    @property
+    def reward_folder(self) -> Path:
+        source = self.recipe.ppo.reward
+        if not isinstance(source, ModelReward):
+            return self.directory.path / "reward_model"
+        place = resolve_reference(source.path, self.loaded.folder)
+        if not isinstance(place, Path):
+            raise ConfigError(f"ppo.reward.path = {source.path}: a reward model must be a local folder")
+        return place
+
+    def models(self) -> dict[str, str]:
+        """Arm to checkpoint, base first."""
+        order = sorted(self.recipe.arms, key=lambda arm: arm != "base")
+        return {arm: self.base if arm == "base" else str(self._made(arm)) for arm in order}
+
+    # How a stage is run and remembered
+
+    def _stage(self, name: str, fingerprint: str, work: Callable[[], Any]) -> None:
+        self.fingerprints[name] = fingerprint
+        if self.directory.stage_done(name, fingerprint):
+            return
+        start = time.monotonic()
+        work()
+        self.directory.finish_stage(name, fingerprint, time.monotonic() - start, {"device": self.context.device})
+
+    def _after(self, name: str) -> str:
+        """Fingerprint of an earlier stage, from this attempt or from its record; empty for a model made elsewhere."""
+        record = self.directory.stage_record(name)
+        return self.fingerprints.get(name) or (record["fingerprint"] if record else "")
+
+    def _made(self, arm: str) -> Path:
+        folder = self.directory.path / "models" / arm
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder}: the {arm} model is not there yet; run that stage first (--only {arm})")
+        return folder
