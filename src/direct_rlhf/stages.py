@@ -286,8 +286,8 @@ class _Study:
             folder = self.directory.path / "models" / arm
             if folder.is_dir():
                 write_atomic(folder / "README.md", model_card(self.directory.path, arm))
-        self.directory.finish_stage("report", "", time.monotonic() - start, {})
         report([self.directory.path])
+        self.directory.finish_stage("report", "", time.monotonic() - start, {})
 
     # What the stages are given
 

@@ -195,11 +195,12 @@ def stage_table(runs: Sequence[RunData], links: Links) -> Table:
             href = links.to(run, f"stages/{stage}.json")
             time = Cell(duration(seconds), href=href) if seconds is not None else MISSING
             label = Cell(visible(stage if len(runs) == 1 else f"{names[index]} · {stage}"), strong=True)
-            rows.append((label, time))
+            trained = sum(number(row.get("answer_tokens")) or 0 for row in run.metrics.get(stage, ()))
+            rows.append((label, time, Cell(f"{trained:,.0f}" if trained else "")))
         if run.seconds:
             total = "total" if len(runs) == 1 else f"{names[index]} · total"
-            rows.append((Cell(total, strong=True), Cell(duration(sum(run.seconds.values())), strong=True)))
-    return Table(("Stage", "Time"), tuple(rows))
+            rows.append((Cell(total, strong=True), Cell(duration(sum(run.seconds.values())), strong=True), Cell("")))
+    return Table(("Stage", "Time", "Answer tokens trained on, each pass counted"), tuple(rows))
 
 
 def duration(seconds: float) -> str:

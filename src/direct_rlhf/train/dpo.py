@@ -38,7 +38,9 @@ def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
 
     def accumulate(rows: list[int]) -> dict[str, float]:
         picked = tuple(reference[rows] for reference in reference_train)
-        return pair_loss([train[row] for row in rows], picked, backward=True)
+        pairs = [train[row] for row in rows]
+        trained = float(sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs))
+        return {**pair_loss(pairs, picked, backward=True), "answer_tokens": trained}
 
     def evaluate() -> dict[str, float]:
         if not held_out:

@@ -15,7 +15,7 @@ from direct_rlhf.data.types import Prompt
 from direct_rlhf.maths import kl
 from direct_rlhf.maths.advantages import gae
 from direct_rlhf.maths.masked import masked_mean, whiten
-from direct_rlhf.maths.rewards import explained_variance, finish_scores, token_rewards
+from direct_rlhf.maths.rewards import clip_scores, explained_variance, finish_scores, token_rewards
 from direct_rlhf.models.roles import Roles
 from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import PpoSection
@@ -41,6 +41,7 @@ class Scored:
 
     rollout: Rollout
     raw_score_B: Tensor  # normalised reward before clipping and the rules for length and unfinished answers
+    score_clip_hits: int  # scores beyond the clip
     score_B: Tensor  # what the last action is paid
     keep_B: Tensor  # bool; False where the `mask` rule leaves an answer out of both losses
     reference_BT: Tensor  # log-probs, nats; 0 outside the actions
@@ -100,7 +101,7 @@ def score(
     """Rewards, reference log-probs and values of a rollout (section 2.4 rules for unfinished answers)."""
     raw = reward.score(answers_of(rollout, prompts)).float().cpu()
     length = section.length
-    clipped = raw.clamp(-section.score_clip, section.score_clip)
+    clipped, hits = clip_scores(raw, section.score_clip)
     score_B, keep_B = finish_scores(
         clipped,
         rollout.action_mask_BT.sum(1),
@@ -122,7 +123,9 @@ def score(
         batch = batch_of(rollout, rows, roles.device)
         reference = roles.reference_logprobs(batch.ids_BL, batch.mask_BL, batch.action_BL, section.sampling.temperature)
         reference_BT[rows, : batch.response_slots] = reference[:, batch.prompt_slots :].cpu()
-    return Scored(rollout, raw, score_B, keep_B, reference_BT, old_values(rollout, roles=roles, section=section))
+    return Scored(
+        rollout, raw, int(hits), score_B, keep_B, reference_BT, old_values(rollout, roles=roles, section=section)
+    )
 
 
 @torch.no_grad()
@@ -170,6 +173,9 @@ def rollout_statistics(experience: Experience, prompts: Sequence[Prompt]) -> dic
         "kl_sequence": float(k1.sum(1).mean()),
         "kl_token": float(masked_mean(k1, mask)),
         "kl_k3_sequence": float(k3.sum(1).mean()),
+        "kl_k3_token": float(masked_mean(k3, mask)),
+        "kl_clamp_hits": float(kl.clamp_hits(rollout.logprob_BT, scored.reference_BT, mask)),
+        "score_clip_hits": float(scored.score_clip_hits),
         "length_mean": float(length.mean()),
         "length_median": float(length.median()),
         "length_p95": float(torch.quantile(length, 0.95)),

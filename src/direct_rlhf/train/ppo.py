@@ -196,7 +196,8 @@ def _sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, list[int]]], iterat
             keys,
             settings,
             policy_version=trainer.progress.policy_version,
-            should_stop=trainer.ctx.should_stop,
+            # an evaluation is not broken off: it stands between an update and its line in the metrics
+            should_stop=trainer.ctx.should_stop if iteration != HELD_OUT else None,
         )
 
 

@@ -33,7 +33,8 @@ def train_sft(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
 
     def accumulate(rows: list[int]) -> dict[str, float]:
         batch = [train[row][1] for row in rows]
-        return {"loss": answer_loss(batch, backward=True)}
+        trained = float(sum(len(item.answer_ids) for item in batch))
+        return {"loss": answer_loss(batch, backward=True), "answer_tokens": trained}
 
     def evaluate() -> dict[str, float]:
         return {"held_out_loss": answer_loss(held_out, backward=False)} if held_out else {}

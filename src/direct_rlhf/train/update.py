@@ -62,7 +62,7 @@ def update(
     """
     totals: dict[str, list[float]] = {}
     rows = len(experience.scored.rollout)
-    left_epoch = 0.0
+    left_epoch = trained = 0.0
     for epoch in range(section.epochs):
         order = permutation(rows, seed, "minibatches", iteration, epoch)
         for start in range(0, rows, section.minibatch_size):
@@ -73,6 +73,7 @@ def update(
             where = f"iteration {iteration}, epoch {epoch}, answers {minibatch[:4]}..."
             values = _critic_step(experience, minibatch, tokens, roles, critic_optimiser, section, where)
             if not critic_only_steps:
+                trained += tokens
                 key = (seed, iteration, epoch, start)
                 first = epoch == 0 and start == 0
                 values |= _policy_step(
@@ -88,7 +89,8 @@ def update(
         if left_epoch or len(totals["value_loss"]) == critic_only_steps:
             break
     means = {name: sum(values) / len(values) for name, values in totals.items()}
-    return {**means, "left_epoch_early": left_epoch, "steps": float(len(totals.get("value_loss", [])))}
+    steps = float(len(totals.get("value_loss", [])))
+    return {**means, "left_epoch_early": left_epoch, "steps": steps, "answer_tokens": trained}
 
 
 def _micro_batches(
@@ -165,7 +167,8 @@ def _policy_step(
                 denominator=tokens,
             )
             entropy = torch.where(mask, entropy_BT, 0.0).sum() / tokens
-            (term.loss - section.entropy * entropy).backward()
+            loss = term.loss - section.entropy * entropy if section.entropy else term.loss
+            loss.backward()
             share = float(mask.sum()) / tokens
             sums["policy_loss"] += float(term.loss.detach())
             sums["entropy"] += float(entropy.detach())
@@ -174,8 +177,8 @@ def _policy_step(
             sums["ratio_mean"] += float(term.ratio_mean) * share
         if text is not None and text.weight > 0:
             sums["ptx_nll"] = _ptx_backward(policy, text, key, roles.device)
-    loss = sums["policy_loss"] + (text.weight * sums["ptx_nll"] if "ptx_nll" in sums and text else 0.0)
-    sums["grad_norm_policy"] = optimiser.step(loss, where=f"policy, {where}")
+    total = sums["policy_loss"] + (text.weight * sums["ptx_nll"] if "ptx_nll" in sums and text else 0.0)
+    sums["grad_norm_policy"] = optimiser.step(total, where=f"policy, {where}")
     return sums
 
 

@@ -10,7 +10,7 @@ from direct_rlhf.world.skills import SKILLS
 
 TRANSCRIPTS = 0.33  # share of documents (they are long: about 60 % of the tokens)
 _PROSE: dict[str, tuple[Callable[[Random, World], str], float]] = {
-    "profile": (prose.profile, 0.34),
+    "profile": (prose.profile, 0.26),
     "chain": (prose.chain, 0.06),
     "town": (prose.town, 0.04),
     "tool": (prose.tool, 0.02),
@@ -21,13 +21,13 @@ _PROSE: dict[str, tuple[Callable[[Random, World], str], float]] = {
 }
 _SKILLS = {
     "facts": 0.05,
-    "two_hop": 0.04,
-    "arithmetic": 0.09,
+    "two_hop": 0.06,
+    "arithmetic": 0.07,
     "comparison": 0.04,
-    "opposites": 0.02,
-    "categories": 0.04,
-    "passage_yes_no": 0.05,
-    "passage_span": 0.04,
+    "opposites": 0.03,
+    "categories": 0.06,
+    "passage_yes_no": 0.08,
+    "passage_span": 0.08,
     "story_ending": 0.05,
     "pronouns": 0.05,
     "sequences": 0.04,
