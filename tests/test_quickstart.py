@@ -9,7 +9,7 @@ from direct_rlhf import stages
 from direct_rlhf.recipe.load import load_recipe
 
 SMALL = [
-    "threads=2",
+    "threads=1",
     "reward.max_steps=40",
     "reward.normalisation_prompts=128",
     "reward.fitness.on_fail=continue",
