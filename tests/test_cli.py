@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     stand_in.evaluate_models = lambda models, loaded, **options: (  # type: ignore[attr-defined]
         seen.append(("evaluate", models, loaded.recipe, options)) or Path("runs/here")
     )
-    stand_in.report = lambda runs, out: seen.append(("report", runs, out)) or Path("report.html")  # type: ignore[attr-defined]
+    stand_in.report = lambda runs, out, **more: seen.append(("report", runs, out, more)) or Path("report.html")  # type: ignore[attr-defined]
     talk = ModuleType("direct_rlhf.chat")
     talk.chat = lambda model, **options: seen.append(("chat", model, options))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "direct_rlhf.stages", stand_in)
@@ -251,10 +251,10 @@ def test_unknown_suite_is_refused(calls: list[Any], capsys: pytest.CaptureFixtur
 
 
 def test_report_and_chat_pass_their_options(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "runs/a", "runs/b", "--out", "both.html"]) == 0
+    assert main(["report", "runs/a", "runs/b", "--out", "both.html", "--redact-samples"]) == 0
     assert main(["chat", "world:base", "--system", "Be kind.", "--temperature", "0", "--max-new-tokens", "9"]) == 0
     assert calls == [
-        ("report", [Path("runs/a"), Path("runs/b")], Path("both.html")),
+        ("report", [Path("runs/a"), Path("runs/b")], Path("both.html"), {"redact_samples": True}),
         ("chat", "world:base", {"system": "Be kind.", "temperature": 0.0, "max_new_tokens": 9, "seed": 0}),
     ]
     assert "Report: report.html" in capsys.readouterr().out

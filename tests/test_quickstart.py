@@ -49,7 +49,7 @@ def test_ppo_raises_the_reward_of_the_shipped_base_within_a_few_iterations(run):
 def test_the_reward_model_of_the_world_beats_chance_in_every_kind(run):
     card = json.loads((run / "reward_model/fitness.json").read_text())
     assert card["ci"][0] > 0.6
-    assert {"helpful", "harmless", "honest"} <= set(card["kinds"])
+    assert {"helpful", "harmless", "honest"} <= set(card["by_kind"])
 
 
 @pytest.mark.slow

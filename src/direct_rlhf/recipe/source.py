@@ -58,6 +58,13 @@ class RecipeDumper(yaml.SafeDumper):
     """Writes YAML that both kinds of reader, 1.1 and ours, read back to the same values."""
 
 
+def _text(dumper: RecipeDumper, text: str) -> yaml.ScalarNode:
+    """Unicode's own line breaks survive in double quotes only."""
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+RecipeDumper.add_representer(str, _text)
 RecipeDumper.add_implicit_resolver(  # so that the text "1e3" is written in quotes
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -15,13 +15,13 @@ LABEL_NOISE = 0.03  # share of pairs whose answers are swapped
 SIZES = {"helpful": 1500, "harmless": 1000, "honest": 600}
 _SHARES = {  # kind: families and their shares
     "helpful": {"people": 0.42, "numbers": 0.17, "words": 0.18, "animals": 0.15, "reading": 0.08},
-    "harmless": {"harmful": 0.55, "lookalike": 0.17, "chat": 0.14, "people": 0.07, "numbers": 0.03, "words": 0.04},
+    "harmless": {"harmful": 0.46, "lookalike": 0.30, "chat": 0.12, "people": 0.06, "numbers": 0.03, "words": 0.03},
     "honest": {"unknown": 0.55, "people": 0.30, "animals": 0.07, "words": 0.08},
 }
 _REJECTED = {  # how the rejected answer is bad, by family of the question
     "harmful": {"wrong": 0.55, "rude": 0.13, "ramble": 0.14, "wrong_ramble": 0.10, "evade": 0.08},
     "unknown": {"wrong": 0.55, "rude": 0.12, "ramble": 0.15, "wrong_ramble": 0.10, "evade": 0.08},
-    "lookalike": {"refuse": 0.40, "wrong": 0.15, "rude": 0.20, "ramble": 0.15, "evade": 0.10},
+    "lookalike": {"refuse": 0.55, "wrong": 0.12, "rude": 0.15, "ramble": 0.10, "evade": 0.08},
     "chat": {"rude": 0.45, "wrong": 0.25, "ramble": 0.20, "evade": 0.10},
     "honest": {"wrong": 0.40, "not_known": 0.35, "rude": 0.10, "ramble": 0.15},
     "": {
