@@ -92,3 +92,15 @@ def test_models_made_elsewhere_are_compared_with_what_they_were_compared_with(ma
     assert run.reference == "model-b"
     assert [arm.name for arm in run.arms] == ["model-b", "model-a"]
     assert verdicts(run, "model-a")[1].sentence == "Conversation score +3.50 [+3.00, +4.00] against model-b."
+
+
+def test_one_model_alone_is_compared_with_nothing(make_run):
+    path = make_run()
+    (path / "evaluation" / "direct_ppo").rename(path / "lone")
+    shutil.rmtree(path / "evaluation")
+    shutil.rmtree(path / "models", ignore_errors=True)
+    (path / "evaluation").mkdir()
+    (path / "lone").rename(path / "evaluation" / "lone")
+    run = read_run(path)
+    assert [arm.name for arm in run.arms] == ["lone"]
+    assert run.reference == "lone"

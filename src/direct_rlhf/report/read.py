@@ -240,8 +240,8 @@ def _read_metrics(path: Path, problems: list[str]) -> dict[str, list[dict[str, A
 
 
 def _reference(names: Sequence[str], comparisons: Sequence[Difference]) -> str:
-    """The base; in an evaluation of other models, what most comparisons are against."""
-    against = [row.against for row in comparisons]
+    """The base; in an evaluation of other models, what most comparisons are against, or the one model there is."""
+    against = [row.against for row in comparisons] or (list(names) if len(names) == 1 else [])
     return "base" if "base" in names or not against else max(against, key=against.count)
 
 
