@@ -168,9 +168,9 @@ def rollout_cap(section: PpoSection, iteration: int) -> int:
 
 def next_coefficient(section: KLSection, coefficient: float, mean_sequence_kl: float, episodes: int) -> float:
     """beta for the next iteration."""
-    if section.controller == "fixed":
-        return coefficient
-    controller = kl.AdaptiveKL(coefficient=coefficient, target=section.target, horizon=section.horizon)
+    controller: kl.FixedKL | kl.AdaptiveKL = kl.FixedKL(coefficient)
+    if section.controller == "adaptive":
+        controller = kl.AdaptiveKL(coefficient=coefficient, target=section.target, horizon=section.horizon)
     return controller.update(mean_sequence_kl, episodes).coefficient
 
 
