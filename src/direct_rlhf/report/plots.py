@@ -209,7 +209,7 @@ def frontier(lines: Sequence[Line], saved: Sequence[tuple[float, float]] = ()) -
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot(
             title="KL-reward frontier",
-            xlabel="held-out KL from the base (nats per answer)",
+            xlabel="held-out KL from the reference (nats per answer)",
             ylabel="held-out reward (normalised)",
         )
         for line in lines:

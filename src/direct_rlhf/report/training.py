@@ -51,11 +51,11 @@ MAIN = (
         caption="On prompts kept out of training.",
     ),
     Panel(
-        "KL from the base",
+        "KL from the reference",
         "nats per answer",
         _key("kl_sequence"),
         level=("ppo", "kl", "target"),
-        caption="How far the policy has moved; dashed: the recipe's target.",
+        caption="How far the policy has moved from where PPO started (for SFT + PPO: the SFT model); dashed: the target.",
     ),
     Panel(
         "Answer length",
