@@ -55,7 +55,7 @@ MAIN = (
         "nats per answer",
         _key("kl_sequence"),
         level=("ppo", "kl", "target"),
-        caption="How far the policy has moved from where PPO started (for SFT + PPO: the SFT model); dashed: the target.",
+        caption="How far the policy has moved from PPO's start (for SFT + PPO: the SFT model); dashed: the target.",
     ),
     Panel(
         "Answer length",
