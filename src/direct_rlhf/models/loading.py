@@ -19,7 +19,7 @@ from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.errors import ConfigError
 from direct_rlhf.models.forward import causal_lm, check_head
 from direct_rlhf.recipe.references import HubReference, resolve_model
-from direct_rlhf.recipe.schema import LoraSection
+from direct_rlhf.recipe.schema import LoraSection, ModelSection
 
 
 def load_causal_lm(
@@ -42,6 +42,13 @@ def load_causal_lm(
     ).to(device)
     check_head(model)
     return model
+
+
+def load_for(section: ModelSection, ref: str, *, dtype: str, device: str) -> Any:
+    """`load_causal_lm` with the recipe's hub revision and trust."""
+    return load_causal_lm(
+        ref, dtype=dtype, device=device, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
 
 
 def load_pretrained(

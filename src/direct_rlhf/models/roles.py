@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from direct_rlhf.errors import CheckpointError
 from direct_rlhf.models.forward import token_logprobs
-from direct_rlhf.models.loading import add_lora, autocast, load_causal_lm
+from direct_rlhf.models.loading import add_lora, autocast, load_for
 from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import ModelSection
 
@@ -89,13 +89,6 @@ class Roles:
             # set_adapter also moves requires_grad to the active adapter, so one role's graph never holds the other's
             self.policy.set_adapter(name)
         yield
-
-
-def load_for(section: ModelSection, ref: str, *, dtype: str, device: str) -> Any:
-    """`load_causal_lm` with the recipe's hub revision and trust."""
-    return load_causal_lm(
-        ref, dtype=dtype, device=device, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
 
 
 def full_roles(section: ModelSection, init: str, critic: ScalarModel | None, *, device: str) -> Roles:

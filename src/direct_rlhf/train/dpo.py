@@ -15,9 +15,9 @@ from direct_rlhf.data.tokens import Tokens, load_tokens
 from direct_rlhf.data.types import PreferenceData
 from direct_rlhf.maths.losses import dpo
 from direct_rlhf.models.forward import token_logprobs
-from direct_rlhf.models.loading import autocast, save_causal_lm
+from direct_rlhf.models.loading import autocast
 from direct_rlhf.run.context import StageContext
-from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, model_card, run_steps
+from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, run_steps, save_arm
 from direct_rlhf.train.pairs import EncodedPair, PairBatch, encode_pairs, pair_batches
 
 STATISTICS = ("loss", "accuracy", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
@@ -81,16 +81,8 @@ def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
         ),
         section,
     )
-    folder: Path = ctx.run.path / "models" / arm
     what = f"Direct preference optimisation (beta {section.beta:g}) on {len(train)} pairs, {steps} steps."
-    save_causal_lm(
-        model,
-        dialogue.tokens,
-        folder,
-        stop_strings=dialogue.stop_strings,
-        card=model_card(recipe, arm, what, dialogue.stop_strings),
-    )
-    return folder
+    return save_arm(ctx, model, dialogue, arm, what)
 
 
 def answer_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,16 @@ off, so weights, optimiser and the step number are all that a resume needs.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from direct_rlhf import __version__
+from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.errors import CheckpointError, DataError
-from direct_rlhf.models.loading import add_lora, load_causal_lm
+from direct_rlhf.models.loading import add_lora, load_for, save_causal_lm
 from direct_rlhf.randomness import cycle
 from direct_rlhf.recipe.schema import DpoSection, Recipe, RewardSection, SupervisedSection
 from direct_rlhf.run.checkpoints import Checkpoint, pack, unpack
@@ -98,14 +100,16 @@ def load_trainee(recipe: Recipe, device: str, adapter: str) -> Any:
     """The base model ready to be trained: float32 master weights, or a frozen trunk under a fresh LoRA adapter."""
     section = recipe.model
     full = section.tuning == "full"
-    model = load_causal_lm(
-        section.base,
-        dtype="float32" if full else section.dtype,
-        device=device,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
+    model = load_for(section, section.base, dtype="float32" if full else section.dtype, device=device)
     return model.requires_grad_(True) if full else add_lora(model, section.lora, adapter, seed=recipe.seed)
+
+
+def save_arm(ctx: StageContext, model: Any, dialogue: DialogueFormat, arm: str, what: str) -> Path:
+    """Save a trained arm under ``models/ARM`` with its card; ``what`` says in a sentence how it was made."""
+    folder: Path = ctx.run.path / "models" / arm
+    card = model_card(ctx.recipe, arm, what, dialogue.stop_strings)
+    save_causal_lm(model, dialogue.tokens, folder, stop_strings=dialogue.stop_strings, card=card)
+    return folder
 
 
 def model_card(recipe: Recipe, arm: str, what: str, stop_strings: Sequence[str]) -> str:

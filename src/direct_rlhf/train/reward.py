@@ -20,7 +20,7 @@ from direct_rlhf.data.types import PreferenceData, Prompt, prompt_hash
 from direct_rlhf.errors import DataError
 from direct_rlhf.maths.intervals import wilson
 from direct_rlhf.maths.losses import bradley_terry
-from direct_rlhf.models.loading import autocast, base_sha256, load_causal_lm
+from direct_rlhf.models.loading import autocast, base_sha256, load_for
 from direct_rlhf.models.reward_model import ADAPTER, QUANTILES, Facts, Normalisation, RewardModel
 from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import Recipe
@@ -186,13 +186,7 @@ def _sample_base(
     shared = section.tuning == "lora"
     base = trunk
     if not shared:
-        base = load_causal_lm(
-            section.base,
-            dtype=section.dtype,
-            device=ctx.device,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
+        base = load_for(section, section.base, dtype=section.dtype, device=ctx.device)
     answers: list[Answer] = []
     with (
         trunk.disable_adapter() if shared else nullcontext(),

@@ -13,9 +13,9 @@ import torch
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.data.types import Prompt
 from direct_rlhf.errors import ConfigError
-from direct_rlhf.models.loading import base_sha256
+from direct_rlhf.models.loading import base_sha256, load_for
 from direct_rlhf.models.reward_model import ADAPTER, RewardModel
-from direct_rlhf.models.roles import Roles, critic_from_adapter, full_roles, load_for, lora_roles
+from direct_rlhf.models.roles import Roles, critic_from_adapter, full_roles, lora_roles
 from direct_rlhf.recipe.schema import HttpReward, PythonReward
 from direct_rlhf.rollout.types import SamplingSettings
 from direct_rlhf.run.atomic import read_json, write_json

@@ -14,10 +14,10 @@ from direct_rlhf.data.types import PreferenceData, PreferencePair
 from direct_rlhf.maths.losses import nll
 from direct_rlhf.models.batches import by_length, padded
 from direct_rlhf.models.forward import token_logprobs
-from direct_rlhf.models.loading import autocast, save_causal_lm
+from direct_rlhf.models.loading import autocast
 from direct_rlhf.recipe.schema import DataSection
 from direct_rlhf.run.context import StageContext
-from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, model_card, run_steps
+from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, run_steps, save_arm
 
 
 def train_sft(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None = None, arm: str = "sft") -> Path:
@@ -69,16 +69,8 @@ def train_sft(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
         ),
         recipe.sft,
     )
-    folder: Path = ctx.run.path / "models" / arm
     what = f"Supervised fine-tuning on {len(train)} chosen answers, {steps} steps."
-    save_causal_lm(
-        model,
-        dialogue.tokens,
-        folder,
-        stop_strings=dialogue.stop_strings,
-        card=model_card(recipe, arm, what, dialogue.stop_strings),
-    )
-    return folder
+    return save_arm(ctx, model, dialogue, arm, what)
 
 
 def encode_chosen(
