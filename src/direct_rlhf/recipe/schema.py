@@ -123,6 +123,14 @@ class OptimiserSection(Section):
     """Shape after the warm-up; linear and cosine end at 0."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm above which the gradient is scaled down."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite is never taken: it ends the run, or it is left out."""
+    max_skipped: int = Field(3, ge=1)
+    """Steps left out in a row at which the run ends all the same."""
+    spike_sigma: float | None = Field(6.0, gt=1)
+    """A gradient norm this many standard deviations above the last 128 steps' mean is reported with its batch."""
+    skip_spikes: bool = False
+    """Leave such a step out as well."""
 
 
 class FitnessSection(Section):
@@ -143,6 +151,8 @@ class FitnessSection(Section):
 class RewardSection(Section):
     """Training of the reward model (Bradley-Terry on the preference pairs)."""
 
+    kinds: list[str] = []
+    """Train on the pairs of these kinds only; empty = all pairs."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the training pairs; fractions are allowed."""
     max_steps: int | None = Field(None, ge=1)
@@ -281,6 +291,46 @@ class PtxSection(Section):
     """Tokens per window."""
 
 
+class GuardSection(Section):
+    """A small general-task probe at every held-out evaluation of PPO: what the policy may not forget."""
+
+    action: Literal["off", "raise_kl", "stop"] = "off"
+    """What a drop beyond the bound does: raise the KL weight (and stop once that no longer helps), or stop."""
+    items: int = Field(16, ge=2)
+    """Documents of each general task (those of `evaluation.general`) that a probe scores; always the same ones."""
+    max_drop: float = Field(0.03, gt=0, lt=1)
+    """Drop of the mean over tasks against the policy's own start; acted upon if its interval also excludes 0."""
+    kl_factor: float = Field(2.0, gt=1)
+    """Each raise multiplies the KL weight by this; an adaptive weight may not fall below the raised one again."""
+    max_raises: int = Field(3, ge=1)
+    """Raises after which a further drop stops the run."""
+
+
+class LagrangianSection(Section):
+    """PPO-Lagrangian: reward under a bound on cost, with a critic of its own and a multiplier that learns."""
+
+    enabled: bool = False
+    """Off: plain PPO on the reward alone."""
+    cost: RewardSource = TrainedReward()
+    """What costs come from: cost = -(its normalised score). trained: the model of the recipe's `cost` section."""
+    bound: float = 0.0
+    """d, the mean cost allowed, in standard deviations of the base's scores; 0 = as harmful as the base on average."""
+    multiplier: float = Field(1.0, gt=0)
+    """lambda at the start."""
+    learning_rate: float = Field(0.1, ge=0)
+    """Step size of log lambda; 0 keeps lambda fixed, which is the weighted sum of reward and cost."""
+    max_multiplier: float = Field(10.0, gt=0)
+    """lambda never passes this."""
+    window: int = Field(128, ge=1)
+    """Episodes whose mean cost is compared with the bound."""
+
+    @model_validator(mode="after")
+    def _multiplier_below_its_cap(self) -> "LagrangianSection":
+        if self.multiplier > self.max_multiplier:
+            raise ValueError(f"multiplier ({self.multiplier:g}) may not pass max_multiplier ({self.max_multiplier:g})")
+        return self
+
+
 class PpoSection(Section):
     """PPO, used by the arms direct_ppo (from the base) and sft_ppo (from the SFT model)."""
 
@@ -310,6 +360,10 @@ class PpoSection(Section):
     """The pull towards the base model, and when to stop."""
     ptx: PtxSection = PtxSection()
     """Pretraining text mixed into the policy's loss, against forgetting."""
+    guard: GuardSection = GuardSection()
+    """Watches general skill while PPO runs."""
+    lagrangian: LagrangianSection = LagrangianSection()
+    """Harmlessness as a constraint instead of a part of the reward."""
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount per token."""
     lam: float = Field(0.95, ge=0, le=1)
@@ -445,6 +499,8 @@ class Recipe(Section):
     """Where preferences, prompts and text come from."""
     reward: RewardSection = RewardSection()
     """Training and fitness of the reward model."""
+    cost: RewardSection = RewardSection(kinds=["harmless"])
+    """Training of the cost model that `ppo.lagrangian` needs: a reward model of its own on harmless pairs."""
     sft: SupervisedSection = SupervisedSection()
     """Supervised fine-tuning, for the arms sft and sft_ppo."""
     dpo: DpoSection = DpoSection()
