@@ -1,17 +1,35 @@
-"""The fault kit: crashes at named points, and a file system that fails at its k-th call."""
+"""The fault kit: crashes at named points, a file system that fails at its k-th call, the command line as a process,
+and the comparison of two runs.
 
+Run as a program, this file is `python -m direct_rlhf` with faults: see ``run_cli``.
+"""
+
+import argparse
 import contextlib
 import errno
+import ipaddress
+import json
 import os
-from collections.abc import Callable, Iterator
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
+import psutil
 import safetensors.torch
 
 from direct_rlhf.run import points
 
 Fault = Literal["crash", "short", "full"]
+CRASH_CODE = 137  # as if SIGKILL had ended the process
 
 
 class Crash(BaseException):
@@ -19,20 +37,75 @@ class Crash(BaseException):
 
 
 @contextlib.contextmanager
-def crash_at(name: str) -> Iterator[None]:
-    """Crashes when the named point is reached; fails the test if it is not."""
+def crash_at(name: str, hit: int = 1) -> Iterator[None]:
+    """Crashes when the named point is reached for the ``hit``-th time; fails the test if it is not."""
+    with _hook(_crash_when(name, hit)), contextlib.suppress(Crash):
+        yield
+        raise AssertionError(f"the point {name} was not reached" + (f" {hit} times" if hit > 1 else ""))
+
+
+def _crash_when(name: str, hit: int, crash: Callable[[], Any] | None = None) -> Callable[[str], None]:
+    left = hit
 
     def reached(point: str) -> None:
-        if point == name:
+        nonlocal left
+        left -= point == name
+        if point == name and left == 0:
+            if crash is not None:
+                crash()
             raise Crash(name)
 
+    return reached
+
+
+@contextlib.contextmanager
+def _hook(reached: Callable[[str], None]) -> Iterator[None]:
     token = points.hook.set(reached)
     try:
-        with contextlib.suppress(Crash):
-            yield
-            raise AssertionError(f"the point {name} was not reached")
+        yield
     finally:
         points.hook.reset(token)
+
+
+@dataclass(frozen=True)
+class CrashPoint:
+    """One place to crash: the ``hit``-th time (from 1) that a run reaches the point ``name``."""
+
+    name: str
+    hit: int
+
+    def __str__(self) -> str:
+        """Can name a folder."""
+        return f"{self.name}-{self.hit}"
+
+
+def every_crash_point(run: Callable[[str], object], *, hits: Literal["first", "all"] = "first") -> Iterator[CrashPoint]:
+    """Calls ``run("whole")`` once to list the points it reaches, then ``run(str(point))`` once per point, with a crash.
+
+    Yields each point after its crash, so that the loop's body can look at what is left and go on from there. The
+    argument is a label under which each pass makes its own folder. ``hits``: of a point that is reached several times
+    take the first time only, or each. The points come in the order in which they are reached.
+
+        for point in every_crash_point(lambda label: train(tmp_path / label)):
+            train(tmp_path / str(point), resume=True)
+            assert_runs_equal(tmp_path / "whole", tmp_path / str(point))
+    """
+    reached: list[CrashPoint] = []
+    seen: dict[str, int] = {}
+
+    def note(name: str) -> None:
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] == 1 or hits == "all":
+            reached.append(CrashPoint(name, seen[name]))
+
+    with _hook(note):
+        run("whole")
+    if not reached:
+        raise AssertionError("the run reached no named point, so there is nothing to crash at")
+    for place in reached:
+        with crash_at(place.name, place.hit):
+            run(str(place))
+        yield place
 
 
 class FaultyFS:
@@ -96,3 +169,278 @@ def every_call(action: Callable[[], object]) -> int:
     with FaultyFS() as disk:
         action()
     return disk.calls
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int  # below 0: killed by that signal
+    out: str
+    err: str
+    children: tuple[str, ...]  # command lines of what was still running ``GRACE`` seconds later (then it is killed)
+    seconds: float
+
+
+GRACE = 3.0  # a helper of the standard library ends by itself when its pipe closes; that takes a moment
+_MARK = "DIRECT_RLHF_TEST_RUN"  # inherited by every descendant, also by one that has lost its parent
+
+SignalAt = tuple[str | Path | Callable[[], bool], signal.Signals, int]
+
+
+def run_cli(
+    args: Sequence[str],
+    *,
+    env: Mapping[str, str | None] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 120,
+    signal_at: SignalAt | None = None,
+    crash: tuple[str, int] | None = None,
+    offline: bool = False,
+) -> Ended:
+    """`python -m direct_rlhf ARGS` in a process of its own.
+
+    ``env``: added to ours; None takes a variable away.
+    ``signal_at``: (when, signal, times). When: a text that stdout or stderr has printed, a file that exists, or a
+    function that says so. Of several signals each waits until the one before was answered on stderr ("SIGTERM: ...").
+    ``crash``: (name, hit) of a point at which the process ends at once, with CRASH_CODE and nothing cleaned up.
+    ``offline``: a connection to anything but this machine is an error.
+    Errors: AssertionError, with the output, when ``timeout`` seconds have passed, or when the moment for the signal
+    never came.
+    """
+    if crash is None and not offline:
+        command = [sys.executable, "-m", "direct_rlhf", *args]
+    else:
+        at = [] if crash is None else ["--crash", crash[0], str(crash[1])]
+        command = [sys.executable, str(Path(__file__)), *at, *(["--offline"] if offline else []), "--", *args]
+    mark = uuid.uuid4().hex
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {}), _MARK: mark}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={key: value for key, value in variables.items() if value is not None},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, err = _Output(process.stdout), _Output(process.stderr)
+    missed = False
+    try:
+        if signal_at is not None:
+            missed = not _send(process, signal_at, out, err, start + timeout)
+        process.wait(max(0.0, start + timeout - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise AssertionError(f"{args}: still running after {timeout} s\n{out.text()}\n{err.text()}") from None
+    finally:
+        seconds = time.monotonic() - start
+        children = _left_behind(mark)
+        out.close()
+        err.close()
+    if missed:
+        raise AssertionError(
+            f"{args}: ended ({process.returncode}) before the moment for the signal\n{out.text()}\n{err.text()}"
+        )
+    return Ended(process.returncode, out.text(), err.text(), children, seconds)
+
+
+class _Output:
+    """What a pipe has given so far; a thread empties it, so that the process never waits for us."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe = pipe
+        self._parts: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        self._parts.extend(self._pipe)
+
+    def text(self) -> str:
+        return "".join(self._parts)
+
+    def close(self) -> None:
+        self._thread.join()  # ends with the last process that holds the pipe
+        self._pipe.close()
+
+
+def _send(process: "subprocess.Popen[str]", at: SignalAt, out: _Output, err: _Output, deadline: float) -> bool:
+    when, number, times = at
+
+    def is_time() -> bool:
+        if isinstance(when, str):
+            return when in out.text() or when in err.text()
+        return when.exists() if isinstance(when, Path) else when()
+
+    def wait_for(moment: Callable[[], bool]) -> bool:
+        while not moment():
+            if process.poll() is not None:
+                return moment()
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(process.args, 0)
+            time.sleep(0.01)
+        return True
+
+    if not wait_for(is_time) or process.poll() is not None:
+        return False
+    for sent in range(times):
+        process.send_signal(number)
+        if sent + 1 < times and not wait_for(lambda sent=sent: err.text().count(f"{number.name}: ") > sent):  # type: ignore[misc]
+            break  # the process had enough of the first
+    return True
+
+
+def _left_behind(mark: str) -> tuple[str, ...]:
+    """Command lines of the processes that carry ``mark`` and do not end by themselves; they are killed."""
+    deadline = time.monotonic() + GRACE
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lines = []
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
+            process.kill()
+    return tuple(lines)
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+TIMES = frozenset({"time"})  # fields of a line that say when, and may differ between equal runs
+LINES = ("metrics.jsonl", "samples.jsonl")
+
+
+def assert_runs_equal(a: Path, b: Path) -> None:
+    """Two run directories hold the same lines of metrics and samples (times aside) and the same models, bit for bit.
+
+    Models are all safetensors files under models/ and reward_model/. AssertionError names the first difference: stage,
+    step, key and both values, or file, tensor and element.
+    """
+    for name in LINES:
+        _same_lines(_rows(a / name), _rows(b / name), name)
+    _same_models(a, b)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def _same_lines(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], name: str) -> None:
+    for number, (one, other) in enumerate(zip(a, b, strict=False), start=1):
+        if (one["stage"], one["step"]) != (other["stage"], other["step"]):
+            raise AssertionError(f"{name}:{number}: {_place(one)} against {_place(other)}")
+        for key in [*one, *(key for key in other if key not in one)]:
+            if key not in one or key not in other or _exact(one[key]) != _exact(other[key]):
+                values = [repr(row[key]) if key in row else "absent" for row in (one, other)]
+                raise AssertionError(f"{name}:{number}: {_place(one)}: {key}: {values[0]} against {values[1]}")
+    if len(a) != len(b):
+        first = max(a, b, key=len)[min(len(a), len(b))]
+        raise AssertionError(f"{name}: {len(a)} lines against {len(b)}; the first that one lacks: {_place(first)}")
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"{row['stage']} step {row['step']}"
+
+
+def _exact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)  # tells 1 from 1.0 and True, and -0.0 from 0.0
+
+
+def _same_models(a: Path, b: Path) -> None:
+    files = [
+        sorted(
+            file.relative_to(root)
+            for place in ("models", "reward_model")
+            for file in (root / place).rglob("*.safetensors")
+        )
+        for root in (a, b)
+    ]
+    if files[0] != files[1]:
+        raise AssertionError(f"models: {[*map(str, files[0])]} against {[*map(str, files[1])]}")
+    for file in files[0]:
+        one, other = (safetensors.torch.load_file(root / file) for root in (a, b))
+        if one.keys() != other.keys():
+            raise AssertionError(f"{file}: tensors in one of them only: {sorted(one.keys() ^ other.keys())}")
+        for name in one:
+            if (difference := _tensor_difference(one[name], other[name])) is not None:
+                raise AssertionError(f"{file}: {name}: {difference}")
+
+
+def _tensor_difference(one: Any, other: Any) -> str | None:
+    """None if equal in every bit, also where a number is NaN or a zero has a sign."""
+    import torch
+
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return f"{one.dtype} {list(one.shape)} against {other.dtype} {list(other.shape)}"
+    flat = [tensor.contiguous().flatten() for tensor in (one, other)]
+    if not flat[0].numel():
+        return None
+    size = one.element_size()
+    bits = [tensor.view(torch.uint8).reshape(-1, size) for tensor in flat]
+    differs = (bits[0] != bits[1]).any(dim=1).nonzero()
+    if not len(differs):
+        return None
+    at = int(differs[0])
+    return (
+        f"element {at}: {flat[0][at].item()!r} against {flat[1][at].item()!r} ({len(differs)} of {len(flat[0])} differ)"
+    )
+
+
+def is_local(address: Any, family: int) -> bool:
+    """Whether a socket address stays on this machine."""
+    if family == socket.AF_UNIX:
+        return True
+    try:
+        return ipaddress.ip_address(address[0]).is_loopback
+    except ValueError:
+        return bool(address[0] == "localhost")
+
+
+def _forbid_network() -> None:
+    real = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex")}
+
+    def guarded(name: str) -> Callable[[socket.socket, Any], Any]:
+        def call(self: socket.socket, address: Any) -> Any:
+            if not is_local(address, self.family):
+                raise AssertionError(f"a test tried to connect to {address}")
+            return real[name](self, address)
+
+        return call
+
+    for name in real:
+        setattr(socket.socket, name, guarded(name))
+
+
+def main() -> None:
+    """`python -m direct_rlhf` with the faults that ``run_cli`` asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--crash", nargs=2, metavar=("POINT", "HIT"))
+    parser.add_argument("--offline", action="store_true")
+    parser.add_argument("args", nargs="*")
+    asked = parser.parse_args()
+    sys.path[0] = str(Path.cwd())  # as `python -m` has it
+    if asked.offline:
+        _forbid_network()
+    if asked.crash:
+        name, hit = asked.crash
+        points.hook.set(_crash_when(name, int(hit), crash=lambda: os._exit(CRASH_CODE)))
+    sys.argv[1:] = asked.args
+    runpy.run_module("direct_rlhf", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

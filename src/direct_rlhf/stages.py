@@ -2,6 +2,8 @@
 
     data -> reward_model -> fitness -> sft, dpo -> direct_ppo, sft_ppo -> evaluation -> report
 
+PPO-Lagrangian has a cost_model and its cost_fitness after those of the reward.
+
 `data` runs every time: it reads all sources, counts and lists what is not used, and fixes their fingerprints. A later
 stage is done when its record in the run directory carries the fingerprint of all that it depends on: its own recipe
 sections, the data, and the stages before it. Rooms are imported inside the functions that need them, so that a verb
@@ -20,7 +22,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from direct_rlhf.errors import ConfigError, DirectRLHFError, Interrupted
+from direct_rlhf.errors import EXIT_INTERRUPTED, ConfigError, DirectRLHFError, Interrupted
 from direct_rlhf.recipe.load import LoadedRecipe
 from direct_rlhf.recipe.references import resolve_model, resolve_reference
 from direct_rlhf.recipe.schema import ModelReward, Recipe, TrainedReward
@@ -32,20 +34,29 @@ if TYPE_CHECKING:
     from direct_rlhf.data.dialogue import DialogueFormat
     from direct_rlhf.data.tokens import Tokens
     from direct_rlhf.data.types import PreferenceData, PromptData, RejectedRow
+    from direct_rlhf.evaluate.probe import CapabilityProbe
+    from direct_rlhf.recipe.schema import RewardSource
+    from direct_rlhf.train.pairs import Which
 
-STAGES = ("reward_model", "fitness", "sft", "dpo", "direct_ppo", "sft_ppo", "evaluation", "report")
+STAGES = (
+    *("reward_model", "fitness", "cost_model", "cost_fitness", "sft", "dpo", "direct_ppo", "sft_ppo"),
+    *("evaluation", "report"),
+)
+STOPPED_AT_ONCE = "stopped at once by a second signal. Go on from the last checkpoint with --resume."
 
 
 def run(loaded: LoadedRecipe, *, root: Path, resume: bool, overwrite: bool, only: str | None = None) -> Path:
     """Every stage of the recipe that is not done yet (or the one stage ``only``); returns the run directory.
 
     Raises ConfigError for an unknown stage or an occupied directory, Interrupted (exit code 75, resumable) on a signal.
+    A signal that comes once nothing is left to break off is not obeyed: the run is done.
     """
     if only is not None and only not in STAGES:
         raise ConfigError(f"--only {only}: no such stage; choose one of {', '.join(STAGES)}")
-    directory = RunDirectory.open(root, loaded, resume=resume, overwrite=overwrite)
-    with _attempt(directory) as stop:
-        _Study(loaded, directory, stop).run(only)
+    with StopFlag() as stop:
+        directory = RunDirectory.open(root, loaded, resume=resume, overwrite=overwrite)
+        with _attempt(directory):
+            _Study(loaded, directory, stop).run(only)
     return directory.path
 
 
@@ -64,11 +75,12 @@ def evaluate_models(
         evaluation = evaluation.model_validate(evaluation.model_dump() | {"suites": list(suites)})
     names = _names(models)
     recipe = loaded.recipe.model_copy(update={"evaluation": evaluation, "name": f"evaluation-{names[0]}"})
-    directory = RunDirectory.open(root, loaded.with_recipe(recipe), resume=resume, overwrite=overwrite)
-    with _attempt(directory) as stop:
-        study = _Study(loaded.with_recipe(recipe), directory, stop)
-        study.evaluate({name: str(resolve_model(model)) for name, model in zip(names, models, strict=True)})
-        study.report()
+    with StopFlag() as stop:
+        directory = RunDirectory.open(root, loaded.with_recipe(recipe), resume=resume, overwrite=overwrite)
+        with _attempt(directory):
+            study = _Study(loaded.with_recipe(recipe), directory, stop)
+            study.evaluate({name: str(resolve_model(model)) for name, model in zip(names, models, strict=True)})
+            study.report()
     return directory.path
 
 
@@ -83,15 +95,18 @@ def report(runs: Sequence[Path], out: Path | None = None, *, redact_samples: boo
 
 
 @contextmanager
-def _attempt(directory: RunDirectory) -> Iterator[StopFlag]:
-    """The only writer of a run, with a stop flag; however the attempt ends, status.json says so."""
-    with directory.locked(), StopFlag() as stop:
+def _attempt(directory: RunDirectory) -> Iterator[None]:
+    """The only writer of a run; however the attempt ends, status.json says so."""
+    with directory.locked():
         directory.status("running", None)
         try:
-            yield stop
+            yield
         except DirectRLHFError as error:
             state = "interrupted" if isinstance(error, Interrupted) else "failed"
             directory.status(state, error.exit_code, str(error))
+            raise
+        except KeyboardInterrupt:
+            directory.status("interrupted", EXIT_INTERRUPTED, f"{directory.path}: {STOPPED_AT_ONCE}")
             raise
         except BaseException as error:
             directory.status("failed", 1, f"{type(error).__name__}: {error}")
@@ -153,6 +168,8 @@ class _Study:
         wanted: list[tuple[str, Callable[[], Any]]] = []
         if isinstance(self.recipe.ppo.reward, TrainedReward) and {"direct_ppo", "sft_ppo"} & set(arms):
             wanted += [("reward_model", self.reward_model), ("fitness", self.fitness)]
+        if self._trains_costs and {"direct_ppo", "sft_ppo"} & set(arms):
+            wanted += [("cost_model", self.cost_model), ("cost_fitness", self.cost_fitness)]
         if {"sft", "sft_ppo"} & set(arms):
             wanted.append(("sft", self.sft))
         wanted += [(arm, getattr(self, arm)) for arm in ("dpo", "direct_ppo", "sft_ppo") if arm in arms]
@@ -192,24 +209,39 @@ class _Study:
         )
 
     def reward_model(self) -> None:
+        self._train_reward_model("reward")
+
+    def fitness(self) -> None:
+        self._check_fitness("reward", "fitness", self.reward_folder)
+
+    def cost_model(self) -> None:
+        self._train_reward_model("cost")
+
+    def cost_fitness(self) -> None:
+        self._check_fitness("cost", "cost_fitness", self.cost_folder)
+
+    def _train_reward_model(self, which: "Which") -> None:
         from direct_rlhf.train.reward import train_reward_model
 
         recipe = self.recipe
+        section = recipe.reward if which == "reward" else recipe.cost
         fingerprint = _digest(
-            recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.reward, recipe.ppo.sampling, self.sources
+            recipe.seed, recipe.model, recipe.dialogue, recipe.data, section, recipe.ppo.sampling, self.sources
         )
         self._stage(
-            "reward_model", fingerprint, lambda: train_reward_model(self.context, self.preferences, tokens=self.tokens)
+            f"{which}_model",
+            fingerprint,
+            lambda: train_reward_model(self.context, self.preferences, tokens=self.tokens, which=which),
         )
 
-    def fitness(self) -> None:
+    def _check_fitness(self, which: "Which", name: str, folder: Path) -> None:
         from direct_rlhf.train.fitness import check_reward_model
 
-        fingerprint = _digest(self._after("reward_model"), self.recipe.reward.fitness)
+        section = self.recipe.reward if which == "reward" else self.recipe.cost
         self._stage(
-            "fitness",
-            fingerprint,
-            lambda: check_reward_model(self.context, self.reward_folder, self.preferences.held_out),
+            name,
+            _digest(self._after(f"{which}_model"), section.fitness),
+            lambda: check_reward_model(self.context, folder, self.preferences.held_out, which=which),
         )
 
     def sft(self) -> None:
@@ -234,7 +266,8 @@ class _Study:
 
     def _ppo(self, arm: str, init: str) -> None:
         from direct_rlhf.data.load import load_texts
-        from direct_rlhf.train.ppo import train_ppo
+        from direct_rlhf.train.ppo import Inputs, train_ppo
+        from direct_rlhf.train.start import Sources
 
         recipe = self.recipe
         fingerprint = _digest(
@@ -246,22 +279,32 @@ class _Study:
             self.sources,
             self._after("reward_model") if isinstance(recipe.ppo.reward, TrainedReward) else "",
             self._after("sft") if arm == "sft_ppo" else "",
+            self._after("cost_model") if self._trains_costs else "",
+            recipe.evaluation.general if recipe.ppo.guard.action != "off" else "",
         )
 
         def train() -> None:
             texts = load_texts(recipe.data, folder=self.data_folder) if recipe.ppo.ptx.weight else []
-            train_ppo(
-                self.context,
-                self.prompts,
-                arm=arm,
-                init=init,
-                tokens=self.tokens,
-                reward_folder=self.reward_folder,
-                recipe_folder=self.loaded.folder,
-                texts=texts,
-            )
+            sources = Sources(self.reward_folder, self.loaded.folder, self.cost_folder)
+            train_ppo(self.context, self.prompts, Inputs(arm, init, self.tokens, sources, texts, self._probe()))
 
         self._stage(arm, fingerprint, train)
+
+    def _probe(self) -> "CapabilityProbe | None":
+        """What PPO's capability guard looks with."""
+        from direct_rlhf.evaluate.probe import CapabilityProbe
+
+        recipe = self.recipe
+        if recipe.ppo.guard.action == "off":
+            return None
+        return CapabilityProbe(
+            self.tokens,
+            recipe.evaluation.general,
+            items=recipe.ppo.guard.items,
+            seed=recipe.seed,
+            batch_size=recipe.evaluation.batch_size,
+            folder=self.loaded.folder,
+        )
 
     def evaluate(self, models: dict[str, str]) -> None:
         from direct_rlhf.evaluate.suite import compare, evaluate_arm
@@ -352,13 +395,25 @@ class _Study:
 
     @property
     def reward_folder(self) -> Path:
-        source = self.recipe.ppo.reward
+        return self._model_folder(self.recipe.ppo.reward, "reward", "ppo.reward")
+
+    @property
+    def cost_folder(self) -> Path:
+        return self._model_folder(self.recipe.ppo.lagrangian.cost, "cost", "ppo.lagrangian.cost")
+
+    def _model_folder(self, source: "RewardSource", which: str, key: str) -> Path:
+        """Where the model of a reward source is, or will be."""
         if not isinstance(source, ModelReward):
-            return self.directory.path / "reward_model"
+            return self.directory.path / f"{which}_model"
         place = resolve_reference(source.path, self.loaded.folder)
         if not isinstance(place, Path):
-            raise ConfigError(f"ppo.reward.path = {source.path}: a reward model must be a local folder")
+            raise ConfigError(f"{key}.path = {source.path}: a reward model must be a local folder")
         return place
+
+    @property
+    def _trains_costs(self) -> bool:
+        lagrangian = self.recipe.ppo.lagrangian
+        return lagrangian.enabled and isinstance(lagrangian.cost, TrainedReward)
 
     def models(self) -> dict[str, str]:
         """Arm to checkpoint, base first."""
@@ -371,6 +426,7 @@ class _Study:
         self.fingerprints[name] = fingerprint
         if self.directory.stage_done(name, fingerprint):
             return
+        self.context.check_stop()
         start = time.monotonic()
         work()
         self.directory.finish_stage(name, fingerprint, time.monotonic() - start, {"device": self.context.device})

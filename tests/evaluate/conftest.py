@@ -100,6 +100,24 @@ metadata: {{version: 1, cluster_field: passage}}
 
 
 @pytest.fixture
+def generation_yaml(task_yaml):
+    """Generation with an answer pattern: the last letter before a full stop, which a random model rarely writes."""
+    text = task_yaml.read_text().replace("task: colours", "task: free").replace("multiple_choice", "generate_until")
+    text = text.replace('doc_to_choice: "{{choices}}"\n', "").replace(
+        "doc_to_target: label", 'doc_to_target: "{{choices[label]}}"'
+    )
+    text = text.replace("metric: acc", "metric: exact_match") + (
+        'generation_kwargs: {until: ["\\n", "q"], max_gen_toks: 12, do_sample: false}\n'
+        "filter_list:\n"
+        "  - {name: strict, filter: [{function: regex, regex_pattern: 'The answer is (.+)\\.'}, {function: take_first}]}\n"
+        "  - {name: loose, filter: [{function: regex, regex_pattern: '(.)'}, {function: take_first}]}\n"
+    )
+    path = task_yaml.with_name("free.yaml")
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
 def bars():
     """A stand-in for the progress display that remembers what it was told."""
 

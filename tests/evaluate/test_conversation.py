@@ -48,6 +48,7 @@ def run(model, form, bars, judge, questions=QUESTIONS, **changed):
         "seed": 5,
         "draws": 200,
         "should_stop": lambda: False,
+        "report": print,
     }
     return evaluate_conversation(model, form, questions, judge, progress=bars, **{**settings, **changed})
 

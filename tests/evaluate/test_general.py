@@ -8,14 +8,16 @@ import torch
 from direct_rlhf.errors import ConfigError, Interrupted
 from direct_rlhf.evaluate.backend import LanguageModelBackend, generation_settings
 from direct_rlhf.evaluate.general import evaluate_general
+from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.recipe.schema import GeneralSection
 
 
-def run(model, tokens, bars, *tasks, should_stop=lambda: False, batch_size=4, **fields):
+def run(model, tokens, bars, *tasks, should_stop=lambda: False, batch_size=4, report=print, share=True, **fields):
     section = GeneralSection(tasks=[str(task) for task in tasks], **fields)
     return evaluate_general(
-        model, tokens, section, batch_size=batch_size, seed=0, draws=200, should_stop=should_stop, progress=bars
-    )
+        model, tokens, section, batch_size=batch_size, seed=0, draws=200, should_stop=should_stop, progress=bars,
+        report=report, share=share,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -45,10 +47,8 @@ def test_numbers_equal_those_of_lm_evals_own_backend(model, tokens, task_yaml, b
 
 @pytest.mark.promise("J10")
 def test_sharing_and_batch_size_change_no_result(model, tokens, task_yaml, bars):
-    section = GeneralSection(tasks=[str(task_yaml)])
-    common = {"seed": 0, "draws": 200, "should_stop": lambda: False, "progress": bars}
-    plain, slow, _ = evaluate_general(model, tokens, section, batch_size=1, share=False, **common)
-    shared, fast, _ = evaluate_general(model, tokens, section, batch_size=64, share=True, **common)
+    plain, slow, _ = run(model, tokens, bars, task_yaml, batch_size=1, share=False)
+    shared, fast, _ = run(model, tokens, bars, task_yaml, batch_size=64, share=True)
     assert [item.value for item in slow] == [item.value for item in fast]
     assert shared["colours"].summary == plain["colours"].summary
 
@@ -114,24 +114,6 @@ def test_shots_are_drawn_by_the_seed_and_recorded(model, tokens, task_yaml, bars
     assert logprobs[0] == logprobs[1] != logprobs[2]
 
 
-@pytest.fixture
-def generation_yaml(task_yaml):
-    """Generation with an answer pattern: the last letter before a full stop, which a random model rarely writes."""
-    text = task_yaml.read_text().replace("task: colours", "task: free").replace("multiple_choice", "generate_until")
-    text = text.replace('doc_to_choice: "{{choices}}"\n', "").replace(
-        "doc_to_target: label", 'doc_to_target: "{{choices[label]}}"'
-    )
-    text = text.replace("metric: acc", "metric: exact_match") + (
-        'generation_kwargs: {until: ["\\n", "q"], max_gen_toks: 12, do_sample: false}\n'
-        "filter_list:\n"
-        "  - {name: strict, filter: [{function: regex, regex_pattern: 'The answer is (.+)\\.'}, {function: take_first}]}\n"
-        "  - {name: loose, filter: [{function: regex, regex_pattern: '(.)'}, {function: take_first}]}\n"
-    )
-    path = task_yaml.with_name("free.yaml")
-    path.write_text(text)
-    return path
-
-
 def test_generated_answers_equal_those_of_lm_evals_own_backend(model, tokens, generation_yaml, bars, tiny_folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -180,7 +162,7 @@ def test_rolling_log_likelihood_scores_every_token_once(model, tokens, bars):
     from lm_eval.api.instance import Instance
 
     text = "The grass is green, and the snow is white. " * 20  # longer than the model's positions
-    backend = LanguageModelBackend(model, tokens, batch_size=4, seed=0)
+    backend = LanguageModelBackend(model, tokens, batch=ChunkSize("test", 4), seed=0)
     (found,) = backend.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))])
     ids, limit = tokens.encode(text), 256
     assert len(ids) > limit
@@ -198,7 +180,7 @@ def test_rolling_log_likelihood_scores_every_token_once(model, tokens, bars):
 
 
 def test_contexts_that_are_too_long_lose_their_left_end(model, tokens):
-    backend = LanguageModelBackend(model, tokens, batch_size=4, seed=0)
+    backend = LanguageModelBackend(model, tokens, batch=ChunkSize("test", 4), seed=0)
     long, short = list(range(2, 300)), list(range(300 - 254, 300))
     scores = backend._loglikelihood_tokens([(("", ""), long, [5, 6, 7]), (("", ""), short, [5, 6, 7])])
     assert scores[0] == pytest.approx(scores[1])

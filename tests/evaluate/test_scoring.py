@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from direct_rlhf.evaluate import scoring, trees
 from direct_rlhf.evaluate.scoring import Score, score_continuations
 from direct_rlhf.evaluate.trees import TokenTree, hidden_at, takes_trees
+from direct_rlhf.models.memory import ChunkSize
 
 VOCABULARY = 61
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,7 +59,7 @@ def slowly(model, context, continuation):
 @pytest.mark.parametrize("share", [True, False])
 def test_scores_equal_one_request_at_a_time(name, share):
     model, requests = build(name), random_requests(1)
-    found = score_continuations(model, requests, batch_size=5, share=share)
+    found = score_continuations(model, requests, batch=ChunkSize("test", 5), share=share)
     for request, score in zip(requests, found, strict=True):
         expected = slowly(model, *request)
         assert score.logprob == pytest.approx(expected.logprob, abs=1e-4)
@@ -70,9 +71,9 @@ def test_scores_equal_one_request_at_a_time(name, share):
 @settings(max_examples=15, deadline=None)
 def test_batch_size_sharing_and_order_change_nothing(seed, batch_size, share):
     model, requests = MISTRAL, random_requests(seed, 4)
-    expected = score_continuations(model, requests, batch_size=64, share=False)
+    expected = score_continuations(model, requests, batch=ChunkSize("test", 64), share=False)
     order = random.Random(seed).sample(range(len(requests)), len(requests))
-    found = score_continuations(model, [requests[i] for i in order], batch_size=batch_size, share=share)
+    found = score_continuations(model, [requests[i] for i in order], batch=ChunkSize("test", batch_size), share=share)
     for i, score in zip(order, found, strict=True):
         assert score.logprob == pytest.approx(expected[i].logprob, abs=1e-4)
         assert score.greedy == expected[i].greedy
@@ -88,7 +89,7 @@ def test_greedy_continuations_are_recognised():
         with torch.no_grad():
             ids.append(int(MISTRAL(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     best, other = ids[3:], [*ids[3:6], (ids[6] + 1) % VOCABULARY]
-    scores = score_continuations(MISTRAL, [(context, best), (context, other)], batch_size=4)
+    scores = score_continuations(MISTRAL, [(context, best), (context, other)], batch=ChunkSize("test", 4))
     assert [score.greedy for score in scores] == [True, False]
 
 
@@ -107,11 +108,11 @@ def test_equal_contexts_are_computed_once(monkeypatch):
 
     requests = [(list(range(40)), [i, i + 1, i + 2]) for i in range(5)]
     monkeypatch.setattr(trees, "backbone", counting)
-    score_continuations(MISTRAL, requests, batch_size=8, share=False)
+    score_continuations(MISTRAL, requests, batch=ChunkSize("test", 8), share=False)
     plain = sum(tokens_seen)
     tokens_seen.clear()
     monkeypatch.setattr(scoring, "takes_trees", lambda model: True)
-    score_continuations(MISTRAL, requests, batch_size=8)
+    score_continuations(MISTRAL, requests, batch=ChunkSize("test", 8))
     assert (plain, sum(tokens_seen)) == (5 * 42, 40 + 5 * 2)
 
 
@@ -123,14 +124,16 @@ def test_architectures_without_4d_masks_take_the_plain_path():
 def test_many_continuations_of_a_long_context_are_split(monkeypatch):
     monkeypatch.setattr(scoring, "GROUP_TOKENS", 8)
     requests = [([7, 8, 9], [i, i + 1, i + 2, i + 3]) for i in range(9)]
-    found = score_continuations(MISTRAL, requests, batch_size=2)
+    found = score_continuations(MISTRAL, requests, batch=ChunkSize("test", 2))
     for request, score in zip(requests, found, strict=True):
         assert score.logprob == pytest.approx(slowly(MISTRAL, *request).logprob, abs=1e-4)
 
 
 def test_an_empty_continuation_has_no_score_and_is_counted_as_done():
     done = []
-    scores = score_continuations(MISTRAL, [([1, 2], []), ([1, 2], [3])], batch_size=4, on_batch=done.append)
+    scores = score_continuations(
+        MISTRAL, [([1, 2], []), ([1, 2], [3])], batch=ChunkSize("test", 4), on_batch=done.append
+    )
     assert math.isnan(scores[0].logprob)
     assert math.isfinite(scores[1].logprob)
     assert sum(done) == 2

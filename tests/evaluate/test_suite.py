@@ -44,7 +44,7 @@ def ctx(tmp_path, task_yaml, bars):
     )
     context = SimpleNamespace(
         recipe=recipe, run=SimpleNamespace(path=tmp_path / "run"), device="cpu", should_stop=lambda: False,
-        check_stop=lambda: None, progress=bars,
+        check_stop=lambda: None, progress=bars, say=print,
     )  # fmt: skip
     context.arm = lambda arm, model: suite.evaluate_arm(context, arm, str(model), folder=tmp_path)
     return context

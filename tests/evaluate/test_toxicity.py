@@ -44,7 +44,7 @@ def prompts(tmp_path, form):
 def run(model, form, prompts, bars, scorer=None, **changed):
     settings = {
         "samples_per_prompt": 1, "max_new_tokens": 8, "temperature": 1.0, "batch_size": 4, "seed": 0, "draws": 200,
-        "should_stop": lambda: False,
+        "should_stop": lambda: False, "report": print,
     }  # fmt: skip
     return evaluate_toxicity(model, form, prompts, WORDS, scorer, progress=bars, **{**settings, **changed})
 

@@ -12,6 +12,7 @@ from direct_rlhf.data.tokens import load_tokens
 from direct_rlhf.errors import DataError
 from direct_rlhf.evaluate.wordlist import Trie, read_words, whole_word_pattern
 from direct_rlhf.evaluate.words import WordMeter, token_texts
+from direct_rlhf.models.memory import ChunkSize
 
 # a toy whose every text can be written down; "s." ends a word within a token, "Ġa" begins one behind a space
 VOCABULARY = ["<eos>", "a", "s", "d", "Ġ", ".", "as", "ss", "Ġa", "s.", "A"]
@@ -133,7 +134,7 @@ def test_next_word_mass_equals_brute_force_over_all_segmentations(toy, tiny, pro
 
 
 def test_the_batch_measures_each_prompt_as_if_alone_with_trees_and_without(toy, tiny):
-    meter = WordMeter(tiny, toy, WORDS, tolerance=0.0, batch_size=2)
+    meter = WordMeter(tiny, toy, WORDS, tolerance=0.0, batch=ChunkSize("test", 2))
     alone = [meter.next_word([prompt])[0].mass for prompt in PROMPTS]
     together = [found.mass for found in meter.next_word(PROMPTS)]
     meter._packed = False
@@ -152,7 +153,7 @@ def test_mass_along_sampled_paths_is_on_average_the_probability_within_n_words(t
         paths = ended | {
             (*path, v): p * q for path, p in going.items() for v, q in enumerate(truth.next(prompt + path))
         }
-    meter = WordMeter(tiny, toy, WORDS, temperature=temperature, tolerance=0.0, batch_size=512)
+    meter = WordMeter(tiny, toy, WORDS, temperature=temperature, tolerance=0.0, batch=ChunkSize("test", 512))
     found = meter.along([prompt] * len(paths), list(paths), n_words=n_words)
     expectation = sum(p * mass.mass for p, mass in zip(paths.values(), found, strict=True))
     assert sum(paths.values()) == pytest.approx(1.0)

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.strategies import floats
 
 from direct_rlhf.errors import DivergenceError
 from direct_rlhf.maths.kl import AdaptiveKL, FixedKL, clamp_hits, k1, k2, k3
@@ -16,6 +18,17 @@ def test_estimators_agree_with_the_exact_kl():
     assert means[2].item() == pytest.approx(exact.item(), abs=1e-12)
     assert means[1].item() == pytest.approx(exact.item(), rel=0.2)
     assert all(not k(ref, ref).any() for k in (k1, k2, k3))
+
+
+@given(logp=floats(-60, 0), ref=floats(-60, 0))
+def test_estimators_equal_their_formulas(logp, ref):
+    x = min(max(logp - ref, -20.0), 20.0)
+    found = [
+        k(torch.tensor([logp], dtype=torch.float64), torch.tensor([ref], dtype=torch.float64)).item()
+        for k in (k1, k2, k3)
+    ]
+    assert found == pytest.approx([x, x * x / 2, math.exp(-x) - 1 + x], rel=1e-12, abs=1e-12)
+    assert found[2] >= 0
 
 
 def test_log_ratios_beyond_20_nats_are_clamped_and_counted():

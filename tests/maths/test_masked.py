@@ -1,7 +1,12 @@
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.strategies import integers
 
 from direct_rlhf.maths.masked import masked_mean, masked_var, whiten
+from maths.batches import exactly, random_batch
 
 X = torch.tensor([[1.0, 2.0, float("nan")], [5.0, float("inf"), float("-inf")]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -10,6 +15,21 @@ MASK = torch.tensor([[True, True, False], [True, False, False]])
 def test_moments_ignore_what_is_under_the_mask():
     assert masked_mean(X, MASK).item() == pytest.approx(8 / 3)
     assert masked_var(X, MASK).item() == pytest.approx(torch.tensor([1.0, 2.0, 5.0]).var(correction=0).item())
+
+
+@given(seed=integers(0, 999))
+def test_moments_and_whitening_equal_their_loops(seed):
+    (x, _, _), mask = random_batch(seed)
+    valid = [x[b, t].item() for b, t in mask.nonzero().tolist()]
+    mean = sum(valid) / len(valid)
+    variance = sum((v - mean) ** 2 for v in valid) / len(valid)
+    assert masked_mean(x, mask).item() == pytest.approx(mean, abs=1e-12)
+    assert masked_mean(x, mask, 7).item() == pytest.approx(sum(valid) / 7, abs=1e-12)
+    assert masked_var(x, mask).item() == pytest.approx(variance, abs=1e-12)
+    expected = torch.zeros_like(x)
+    for b, t in mask.nonzero().tolist():
+        expected[b, t] = (x[b, t].item() - mean) / math.sqrt(variance + 1e-8)
+    exactly(whiten(x, mask), expected)
 
 
 def test_whitened_values_have_mean_0_variance_1_and_are_0_under_the_mask():

@@ -1,127 +1,111 @@
-"""PPO made of our maths alone reaches optima that are known in closed form.
+"""PPO made of our maths alone reaches optima that are known in closed form, and known mistakes do not.
 
-The maximiser of E[r] - beta KL(policy || reference) is reference * exp(r / beta), normalised. Legend: B episodes,
-T slots, S states, A tokens. The tree's tokens are a, b and E (the end); its states are start, after a, after b.
+`benchmarks/oracle.py` holds the tasks and the trainer, `benchmarks/bandit.py` the whole table.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.testing import assert_close
+from hypothesis import given
+from hypothesis.strategies import floats, integers, sampled_from
 
-from direct_rlhf.maths.advantages import gae
-from direct_rlhf.maths.kl import AdaptiveKL, FixedKL, k1
-from direct_rlhf.maths.losses import policy_loss, value_loss
-from direct_rlhf.maths.rewards import token_rewards
+from direct_rlhf.maths.kl import AdaptiveKL, FixedKL
+from direct_rlhf.maths.lagrangian import Multiplier
+from maths.batches import exactly
+from oracle import BANDIT, MISTAKES, TREE, Method, advantages, balanced_multiplier, distance, sample, train
 
-EPISODES = 512
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A tabular task: in state s, token a leads to ``following[s][a]``, or ends with ``reward[s][a]`` if that is -1."""
-
-    reference_SA: torch.Tensor
-    reward_SA: torch.Tensor
-    following_SA: torch.Tensor
-    n_slots: int
-
-    def optimum(self, beta):
-        """Soft values V*(s) and the optimal policy, by backward induction (later states come later)."""
-        value_S, policy_SA = torch.zeros(len(self.reference_SA)), torch.zeros_like(self.reference_SA)
-        for s in reversed(range(len(value_S))):
-            ends = self.following_SA[s] < 0
-            target_A = torch.where(ends, self.reward_SA[s], value_S[self.following_SA[s].clamp(min=0)])
-            value_S[s] = beta * (self.reference_SA[s] * (target_A / beta).exp()).sum().log()
-            policy_SA[s] = self.reference_SA[s] * ((target_A - value_S[s]) / beta).exp()
-        return policy_SA, value_S
-
-
-BANDIT = Problem(
-    reference_SA=torch.tensor([[0.4, 0.3, 0.2, 0.1]]),
-    reward_SA=torch.tensor([[0.0, 1.0, 2.0, -1.0]]),
-    following_SA=torch.tensor([[-1, -1, -1, -1]]),
-    n_slots=1,
-)
-TREE = Problem(
-    reference_SA=torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.6, 0.1, 0.3]]),
-    reward_SA=torch.tensor([[0.0, 0.0, -1.0], [0.0, -0.5, 1.0], [0.5, 0.0, 2.0]]),
-    following_SA=torch.tensor([[1, 2, -1], [-1, -1, -1], [-1, -1, -1]]),
-    n_slots=2,
-)
-
-
-def sample_episodes(problem, logits_SA, draw):
-    """States and tokens [B, T], the mask of actions, and the score [B]."""
-    state_BT = torch.zeros(EPISODES, problem.n_slots, dtype=torch.long)
-    token_BT, mask_BT = torch.zeros_like(state_BT), torch.zeros_like(state_BT, dtype=torch.bool)
-    score_B, state_B = torch.zeros(EPISODES), torch.zeros(EPISODES, dtype=torch.long)
-    for t in range(problem.n_slots):
-        running_B = state_B >= 0
-        state_BT[:, t] = state_B.clamp(min=0)
-        token_BT[:, t] = torch.multinomial(logits_SA.softmax(-1)[state_BT[:, t]], 1, generator=draw)[:, 0]
-        mask_BT[:, t] = running_B
-        next_B = problem.following_SA[state_BT[:, t], token_BT[:, t]]
-        score_B = torch.where(running_B & (next_B < 0), problem.reward_SA[state_BT[:, t], token_BT[:, t]], score_B)
-        state_B = torch.where(running_B, next_B, -1)
-    return state_BT, token_BT, mask_BT, score_B
-
-
-def train(problem, controller, *, updates=300, epochs=1, seed=0):
-    """Plain PPO: 512 episodes an update, Adam from 0.05 to 0. Returns (policy [S, A], value [S], controller)."""
-    draw = torch.Generator().manual_seed(seed)
-    logits_SA = problem.reference_SA.log().clone().requires_grad_()
-    value_S = torch.zeros(len(logits_SA), requires_grad=True)
-    adam = torch.optim.Adam([logits_SA, value_S], lr=0.05)
-    reference_SA = problem.reference_SA.log()
-    for update in range(updates):
-        adam.param_groups[0]["lr"] = 0.05 * (1 - update / updates)
-        with torch.no_grad():
-            state_BT, token_BT, mask_BT, score_B = sample_episodes(problem, logits_SA, draw)
-            old_BT = logits_SA.log_softmax(-1)[state_BT, token_BT]
-            old_value_BT = value_S[state_BT]
-            k1_BT = k1(old_BT, reference_SA[state_BT, token_BT], mask_BT)
-            reward_BT = token_rewards(score_B, k1_BT, mask_BT, beta=controller.coefficient)
-            advantage_BT = gae(reward_BT, old_value_BT, mask_BT, gamma=1.0, lam=0.95)
-        for _ in range(epochs):
-            logp_BT = logits_SA.log_softmax(-1)[state_BT, token_BT]
-            policy = policy_loss(logp_BT, old_BT, advantage_BT, mask_BT, clip=0.2)
-            value = value_loss(value_S[state_BT], old_value_BT, advantage_BT + old_value_BT, mask_BT, clip=0.2)
-            adam.zero_grad()
-            (policy.loss + value.loss).backward()
-            adam.step()
-        controller = controller.update(k1_BT.sum(1).mean().item(), EPISODES)
-    return logits_SA.detach().softmax(-1), value_S.detach(), controller
+PROBLEMS = pytest.mark.parametrize("problem", [BANDIT, TREE], ids=["bandit", "tree"])
 
 
 def test_the_closed_form_gives_the_published_optima():
     policy, value = BANDIT.optimum(0.5)
-    near = {"rtol": 0, "atol": 1e-6}
-    assert_close(policy, torch.tensor([[0.02952056, 0.16359678, 0.80588387, 0.00099879]]), **near)
-    assert_close(value, torch.tensor([1.30318886]), **near)
+    assert policy[0].tolist() == pytest.approx([0.02952056, 0.16359678, 0.80588387, 0.00099879], abs=1e-8)
+    assert value.item() == pytest.approx(1.30318886, abs=1e-8)
+    assert BANDIT.mean(policy, BANDIT.reward_SA) == pytest.approx(1.77436573, abs=1e-8)
+    assert BANDIT.kl(policy) == pytest.approx(0.94235373, abs=1e-8)
     policy, value = TREE.optimum(0.5)
     expected = [
         [0.26832953, 0.72804346, 0.00362701],
         [0.04993893, 0.02755726, 0.92250382],
         [0.09005697, 0.00552168, 0.90442134],
     ]
-    assert_close(policy, torch.tensor(expected), **near)
-    assert_close(value, torch.tensor([1.00495443, 0.69375829, 1.44824357]), **near)
+    assert policy.tolist() == [pytest.approx(row, abs=1e-8) for row in expected]
+    assert value.tolist() == pytest.approx([1.00495443, 0.69375829, 1.44824357], abs=1e-8)
+    assert TREE.mean(policy, TREE.reward_SA) == pytest.approx(1.58990957, abs=1e-8)
+    assert TREE.kl(policy) == pytest.approx(1.16991028, abs=1e-8)
 
 
-@pytest.mark.parametrize("epochs", [1, 4])
-@pytest.mark.parametrize("problem", [BANDIT, TREE], ids=["bandit", "tree"])
-def test_ppo_reaches_the_closed_form_optimum(problem, epochs):
-    policy, value, _ = train(problem, FixedKL(0.5), epochs=epochs)
+@given(problem=sampled_from([BANDIT, TREE]), beta=floats(0.1, 5), seed=integers(0, 999))
+def test_every_policy_falls_short_of_the_optimum_by_beta_times_its_kl_to_it(problem, beta, seed):
+    best_policy, best_value = problem.optimum(beta)
+    draw = torch.Generator().manual_seed(seed)
+    policy = torch.randn(best_policy.shape, generator=draw, dtype=torch.float64).softmax(-1)
+    gained = problem.mean(policy, problem.reward_SA) - beta * problem.kl(policy)
+    to_the_best = replace(problem, reference_SA=best_policy).kl(policy)
+    assert gained == pytest.approx(best_value[0].item() - beta * to_the_best, abs=1e-9)
+
+
+def advantages_at_the_optimum(problem, method, beta=0.5):
+    best_policy, best_value = problem.optimum(beta)
+    episodes = sample(problem, best_policy, 128, torch.Generator().manual_seed(0))
+    logp = best_policy.log()[episodes.state_BT, episodes.token_BT]
+    return advantages(problem, method, episodes, logp, best_value[None, episodes.state_BT], beta=beta)[0]
+
+
+@PROBLEMS
+@given(lam=floats(0, 1), beta=floats(0.1, 5))
+def test_at_the_optimum_every_advantage_is_0(problem, lam, beta):
+    found = advantages_at_the_optimum(problem, Method(lam=lam), beta)
+    exactly(found, torch.zeros_like(found))
+
+
+@pytest.mark.parametrize("mistake", ["KL of the wrong sign", "no KL", "k3 in the reward"])
+@PROBLEMS
+def test_at_the_optimum_a_wrong_reward_leaves_advantages(problem, mistake):
+    assert advantages_at_the_optimum(problem, MISTAKES[mistake]).square().mean().sqrt() > 0.2
+
+
+@pytest.mark.parametrize("method", [Method(), Method(epochs=4), Method(whitened=True)], ids=["1", "4", "whitened"])
+@PROBLEMS
+def test_ppo_reaches_the_closed_form_optimum(problem, method):
+    trained = train(problem, FixedKL(0.5), method)
     best_policy, best_value = problem.optimum(0.5)
-    assert (policy - best_policy).abs().max() < 0.005
-    assert (value - best_value).abs().max() < 0.01
+    assert (trained.policy_SA - best_policy).abs().max() < 0.005
+    assert distance(trained.policy_SA, best_policy) < 0.01
+    assert (trained.value_KS[0] - best_value).abs().max() < 0.01
+    first, last = (x.square().mean().sqrt() for x in (trained.first_advantages, trained.last_advantages))
+    assert last < first / 20
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_known_mistake_ends_far_from_the_optimum(mistake):
+    trained = train(TREE, FixedKL(0.5), MISTAKES[mistake])
+    assert distance(trained.policy_SA, TREE.optimum(0.5)[0]) > 0.05
 
 
 def test_under_adaptive_kl_ppo_reaches_the_optimum_of_the_weight_it_ends_with():
-    policy, value, controller = train(BANDIT, AdaptiveKL(0.5, target=0.5, horizon=10_000), updates=600)
-    assert controller.coefficient > 0.7
-    best_policy, best_value = BANDIT.optimum(controller.coefficient)
-    assert (policy - best_policy).abs().max() < 0.02
-    assert (value - best_value).abs().max() < 0.04
+    trained = train(BANDIT, AdaptiveKL(0.5, target=0.5, horizon=10_000), updates=600)
+    beta = trained.controller.coefficient
+    assert beta > 0.7
+    best_policy, best_value = BANDIT.optimum(beta)
+    assert distance(trained.policy_SA, best_policy) < 0.02
+    assert (trained.value_KS[0] - best_value).abs().max() < 0.04
+    assert BANDIT.kl(trained.policy_SA) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0])
+def test_with_a_fixed_multiplier_ppo_reaches_the_optimum_of_the_weighed_scores(value):
+    """At the KL weight beta whatever the multiplier: half of the penalty in each stream would end elsewhere."""
+    trained = train(TREE, FixedKL(0.5), multiplier=Multiplier(value, learning_rate=0.0, bound=0.0, maximum=10.0))
+    assert distance(trained.policy_SA, TREE.weighed(value).optimum(0.5)[0]) < 0.01
+    assert distance(trained.policy_SA, TREE.weighed(value).optimum(0.25)[0]) > 0.05
+    assert trained.multiplier.value == value
+
+
+def test_a_learned_multiplier_brings_the_mean_cost_to_its_bound():
+    start = Multiplier(1.0, learning_rate=0.1, bound=0.5, maximum=10.0)
+    trained = train(BANDIT, FixedKL(0.5), multiplier=start, updates=600)
+    assert BANDIT.mean(trained.policy_SA, BANDIT.cost_SA) == pytest.approx(0.5, abs=0.05)
+    assert trained.multiplier.value == pytest.approx(balanced_multiplier(BANDIT, 0.5, bound=0.5), rel=0.05)
+    assert distance(trained.policy_SA, BANDIT.weighed(trained.multiplier.value).optimum(0.5)[0]) < 0.02

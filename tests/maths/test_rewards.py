@@ -2,10 +2,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.strategies import floats, integers, sampled_from
 from torch.testing import assert_close
 
 from direct_rlhf.maths.masked import selected
 from direct_rlhf.maths.rewards import clip_scores, explained_variance, finish_scores, token_rewards
+from maths.batches import exactly, random_batch
 
 OFF = {
     "rule": "replace",
@@ -34,11 +37,22 @@ ENDINGS = {
 }
 
 
+@pytest.mark.promise("N8")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_score_lands_on_the_last_action(ending):
     actions, slot = ENDINGS[ending]
     reward = token_rewards(torch.tensor([2.5]), torch.zeros(1, 4), torch.tensor([actions]).bool(), beta=0.1)
     assert reward.tolist() == [[2.5 if t == slot else 0.0 for t in range(4)]]
+
+
+@pytest.mark.promise("N8")
+def test_a_table_worked_out_by_hand_pays_the_last_action_and_no_prompt_or_padding():
+    """beta = 0.5. Rows: two prompt slots and three actions; one prompt slot and an EOS at once; one prompt slot, two
+    actions and a swapped-in EOS. Every slot has a log-ratio, 0.9 where none may count."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]).bool()
+    k1 = torch.tensor([[0.9, 0.9, 0.2, -0.4, 0.6], [0.9, -0.2, 0.9, 0.9, 0.9], [0.9, 0.4, 0.2, 0.9, math.nan]])
+    expected = [[0, 0, -0.1, 0.2, 2.7], [0, -0.9, 0, 0, 0], [0, -0.2, 1.9, 0, 0]]
+    assert_close(token_rewards(torch.tensor([3.0, -1.0, 2.0]), k1, mask, beta=0.5), torch.tensor(expected))
 
 
 def test_rewards_of_a_row_sum_to_score_minus_kl_and_padding_rows_are_zero():
@@ -55,15 +69,49 @@ def test_without_kl_weight_the_reward_is_the_raw_score():
     assert reward.tolist() == [[0, 0, 1.0], [0, 0, -2.0]]
 
 
-def test_a_loop_gives_the_same_rewards():
-    draw = torch.Generator().manual_seed(0)
-    mask = torch.arange(6) < torch.randint(0, 7, (9, 1), generator=draw)
-    k1, score = torch.randn(9, 6, generator=draw), torch.randn(9, generator=draw)
-    expected = torch.zeros(9, 6)
-    for b in range(9):
-        for t in range(int(mask[b].sum())):
-            expected[b, t] = -0.3 * k1[b, t] + (score[b] if t == int(mask[b].sum()) - 1 else 0)
-    assert_close(token_rewards(score, k1, mask, beta=0.3), expected)
+@given(seed=integers(0, 999), beta=floats(-2, 2))
+def test_a_loop_gives_the_same_rewards(seed, beta):
+    (k1, score, _), mask = random_batch(seed)
+    score, lengths = score[:, 0], mask.sum(1).tolist()
+    expected = torch.zeros_like(k1)
+    for b, t in mask.nonzero().tolist():
+        expected[b, t] = -beta * k1[b, t] + (score[b] if t == lengths[b] - 1 else 0)
+    exactly(token_rewards(score, k1, mask, beta=beta), expected)
+
+
+def finish_one(score, length, unfinished, s):
+    """(score, keep) of one answer, by the rules as they are written down."""
+    unfinished = unfinished or length < s["min_response_tokens"]
+    if unfinished and s["rule"] == "replace":
+        score = s["low_quantile"]
+    elif unfinished and s["rule"] == "subtract":
+        score -= s["penalty"]
+    elif unfinished and s["rule"] == "scale":
+        score = s["low_quantile"] + s["factor"] * (score - s["low_quantile"])
+    if s["overlong_buffer"]:
+        over = (length - (s["cap"] - s["overlong_buffer"])) / s["overlong_buffer"]
+        score -= s["overlong_penalty"] * min(max(over, 0), 1)
+    return score - s["per_token_penalty"] * length, not (unfinished and s["rule"] == "mask")
+
+
+@given(
+    seed=integers(0, 999),
+    rule=sampled_from(["replace", "subtract", "scale", "mask"]),
+    buffer=integers(0, 8),
+    shortest=integers(0, 5),
+)
+def test_a_loop_over_answers_gives_the_same_final_scores(seed, rule, buffer, shortest):
+    draw = torch.Generator().manual_seed(seed)
+    score, length = torch.randn(7, generator=draw, dtype=torch.float64), torch.randint(1, 11, (7,), generator=draw)
+    unfinished = torch.rand(7, generator=draw) < 0.5
+    settings = OFF | {"rule": rule, "overlong_buffer": buffer, "min_response_tokens": shortest}
+    settings["per_token_penalty"] = 0.05
+    found, keep = finish_scores(score, length, unfinished, **settings)
+    answers = zip(score.tolist(), length.tolist(), unfinished.tolist(), strict=True)
+    expected = [finish_one(*answer, settings) for answer in answers]
+    # penalties of integer lengths are float32
+    assert found.tolist() == pytest.approx([value for value, _ in expected], abs=1e-6)
+    assert keep.tolist() == [kept for _, kept in expected]
 
 
 @pytest.mark.parametrize(
@@ -123,3 +171,23 @@ def test_explained_variance_of_perfect_constant_and_wrong_critics():
     assert explained_variance(torch.full_like(clean, 9.0), returns, mask).item() == pytest.approx(0, abs=1e-6)
     assert explained_variance(-clean, returns, mask).item() == pytest.approx(-3, abs=1e-5)
     assert explained_variance(clean, torch.ones_like(clean), mask).item() == 0
+
+
+@given(seed=integers(0, 999))
+def test_explained_variance_equals_its_loop(seed):
+    (value, returns, _), mask = random_batch(seed)
+    pairs = [(value[b, t].item(), returns[b, t].item()) for b, t in mask.nonzero().tolist()]
+
+    def variance(xs):
+        return sum((x - sum(xs) / len(xs)) ** 2 for x in xs) / len(xs)
+
+    expected = 1 - variance([r - v for v, r in pairs]) / variance([r for _, r in pairs])
+    assert explained_variance(value, returns, mask).item() == pytest.approx(expected, abs=1e-10)
+
+
+@given(seed=integers(0, 999), limit=floats(0.1, 3))
+def test_clipped_scores_equal_their_loop(seed, limit):
+    (scores, _, _), _ = random_batch(seed)
+    score, hits = clip_scores(scores[0], limit)
+    assert score.tolist() == [min(max(s, -limit), limit) for s in scores[0].tolist()]
+    assert hits.item() == sum(abs(s) > limit for s in scores[0].tolist())

@@ -9,10 +9,11 @@ from direct_rlhf.data.tokens import load_tokens
 from direct_rlhf.data.types import Prompt, Turn
 from direct_rlhf.errors import DivergenceError
 from direct_rlhf.models.forward import token_logprobs
+from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import CRITIC, POLICY, full_roles, lora_roles
 from direct_rlhf.recipe.schema import ModelSection, PpoSection
 from direct_rlhf.rollout.types import FinishReason, Rollout, SampleKey
-from direct_rlhf.train.experience import answers_of, batch_of, estimate, rollout_statistics, score
+from direct_rlhf.train.experience import Judges, answers_of, batch_of, estimate, rollout_statistics, score
 from direct_rlhf.train.update import check_ratio
 from toys import toy_folder
 
@@ -63,14 +64,16 @@ PROMPTS = [Prompt(f"p{b}", (Turn("human", "?"),), "helpful", "x:1") for b in ran
 
 
 def scored_of(roles, rollout, section=None, prompts=PROMPTS):
+    section = section or PpoSection()
     return score(
         rollout,
         prompts,
         roles=roles,
-        reward=LengthReward(),
-        section=section or PpoSection(),
+        judges=Judges(LengthReward()),
+        section=section,
         cap=5,
         check_stop=lambda: None,
+        chunk=ChunkSize("score", section.micro_batch_size),
     )
 
 
@@ -161,7 +164,7 @@ def test_the_reference_stays_the_base_while_the_policy_moves(base, tuning):
     with roles.acting() as policy:
         assert torch.equal(token_logprobs(policy, *arguments).logprob_BL, before)  # the policy starts as the base
     with torch.no_grad():
-        for parameter in roles.policy_parameters() + roles.critic_parameters():
+        for parameter in roles.parameters(POLICY) + roles.parameters(CRITIC):
             parameter.add_(0.1)
     assert torch.equal(roles.reference_logprobs(*arguments, 1.0), before)
     with roles.acting() as policy:
@@ -171,14 +174,14 @@ def test_the_reference_stays_the_base_while_the_policy_moves(base, tuning):
 def test_lora_roles_train_their_own_parameters_only(base):
     section = ModelSection.model_validate({"base": base, "tuning": "lora", "lora": {"rank": 4}})
     roles = lora_roles(section, base, device="cpu", seed=0)
-    policy, critic = set(map(id, roles.policy_parameters())), set(map(id, roles.critic_parameters()))
+    policy, critic = set(map(id, roles.parameters(POLICY))), set(map(id, roles.parameters(CRITIC)))
     assert policy
     assert critic
     assert not policy & critic
     batch = batch_of(rollout_of(ROWS), range(4), "cpu")
     with roles.acting() as model:
         token_logprobs(model, batch.ids_BL, batch.mask_BL, batch.action_BL).logprob_BL.sum().backward()
-    assert all(parameter.grad is None for parameter in roles.critic_parameters())
+    assert all(parameter.grad is None for parameter in roles.parameters(CRITIC))
     with roles.criticising() as scalar:
         scalar.values(batch.ids_BL, batch.mask_BL).square().sum().backward()
     assert {id(p) for p in roles.policy.parameters() if p.grad is not None} <= policy | critic

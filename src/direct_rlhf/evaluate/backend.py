@@ -15,6 +15,7 @@ from direct_rlhf.errors import ConfigError
 from direct_rlhf.evaluate.generate import Ask, generate
 from direct_rlhf.evaluate.scoring import Request, score_continuations
 from direct_rlhf.evaluate.trees import context_length
+from direct_rlhf.models.memory import ChunkSize
 
 DEFAULT_NEW_TOKENS = 256  # lm-eval's own default of max_gen_toks
 NEUTRAL = {"top_p": 1.0, "num_beams": 1, "repetition_penalty": 1.0}  # accepted, since these values have no effect
@@ -46,7 +47,7 @@ class LanguageModelBackend(TemplateLM):
         model: Any,
         tokens: Tokens,
         *,
-        batch_size: int,
+        batch: ChunkSize,
         seed: int,
         share: bool = True,
         on_done: Callable[[int], None] = lambda done: None,
@@ -55,7 +56,7 @@ class LanguageModelBackend(TemplateLM):
         super().__init__()
         self.model = model
         self.tokens = tokens
-        self.batch_size = batch_size
+        self.batch = batch
         self.seed = seed
         self.share = share
         self.on_done = on_done
@@ -106,9 +107,7 @@ class LanguageModelBackend(TemplateLM):
     ) -> list[tuple[float, bool]]:
         cut = [_truncate(context, continuation, self.max_length) for _, context, continuation in requests]
         with self.working():
-            scores = score_continuations(
-                self.model, cut, batch_size=self.batch_size, share=self.share, on_batch=self.on_done
-            )
+            scores = score_continuations(self.model, cut, batch=self.batch, share=self.share, on_batch=self.on_done)
         return [(score.logprob, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -146,7 +145,7 @@ class LanguageModelBackend(TemplateLM):
                     max_new_tokens=settings.max_new_tokens,
                     temperature=settings.temperature,
                     stop_strings=settings.until,
-                    batch_size=self.batch_size,
+                    batch=self.batch,
                     seed=self.seed,
                     on_done=self.on_done,
                 )

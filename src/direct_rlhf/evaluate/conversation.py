@@ -19,6 +19,7 @@ from direct_rlhf.evaluate.judge import Judge, ask
 from direct_rlhf.evaluate.records import Item, Summary
 from direct_rlhf.evaluate.statistics import summarise
 from direct_rlhf.evaluate.trees import context_length
+from direct_rlhf.models.memory import ChunkSize
 
 if TYPE_CHECKING:
     from direct_rlhf.run.context import MakesBars
@@ -73,14 +74,17 @@ def evaluate_conversation(
     draws: int,
     should_stop: Callable[[], bool],
     progress: "MakesBars",
+    report: Callable[[str], None],
 ) -> tuple[ConversationResult, list[Item]]:
     """Ask every question's turns in order and judge each answer.
 
     An answer is sampled under (seed, question id, turn), so that all models draw the same random numbers. A turn
-    whose dialogue does not fit the model fails, and so do the turns after it: they would lack an answer.
+    whose dialogue does not fit the model fails, and so do the turns after it: they would lack an answer. ``report`` is
+    told when a batch did not fit into memory.
     Errors: Interrupted when asked to stop.
     """
     room = context_length(model) - max_new_tokens
+    batch = ChunkSize("conversations", batch_size, report)
     dialogues: list[Turns] = [()] * len(questions)
     answers: list[list[Answer]] = [[] for _ in questions]
     items: list[Item] = []
@@ -103,7 +107,7 @@ def evaluate_conversation(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 stop_strings=form.stop_strings,
-                batch_size=batch_size,
+                batch=batch,
                 seed=seed,
                 should_stop=should_stop,
                 on_done=bar.advance,

@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import math
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,13 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.errors import ConfigError, Interrupted
 from direct_rlhf.evaluate.records import Item, Summary
 from direct_rlhf.evaluate.statistics import summarise
+from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.recipe.schema import GeneralSection
 
 if TYPE_CHECKING:
@@ -52,61 +56,99 @@ def evaluate_general(
     draws: int,
     should_stop: Callable[[], bool],
     progress: "MakesBars",
+    report: Callable[[str], None],
     folder: Path | None = None,
     share: bool = True,
 ) -> tuple[dict[str, TaskResult], list[Item], int]:
     """Results by task, one Item per document (and filter), and how many requests had a token across the border.
 
-    ``folder`` is where relative YAML paths start from. A task's metric is acc_norm where it declares that, else the
-    first it declares; with several filters the first gives the headline. An item's id holds a hash of its document, so
-    that only equal documents are ever paired.
+    ``folder`` is where relative YAML paths start from; ``report`` is told when a batch did not fit into memory. A
+    task's metric is acc_norm where it declares that, else the first it declares; with several filters the first gives
+    the headline. An item's id holds a hash of its document, so that only equal documents are ever paired.
     Errors: ConfigError for an unknown task, a metric without per-document values, unknown generation settings;
     Interrupted when asked to stop.
     """
-    with progress("general tasks") as bar, _quiet() as loud, tempfile.TemporaryDirectory(prefix="drlhf-") as cache:
-        from lm_eval.evaluator import evaluate
-
-        from direct_rlhf.evaluate.backend import LanguageModelBackend
+    with progress("general tasks") as bar:
 
         def on_done(done: int) -> None:
             if should_stop():
                 raise Interrupted("the general tasks were stopped on request; they start again on resume")
             bar.advance(done)
 
-        tasks = _load_tasks(section, folder, cache)
-        backend = LanguageModelBackend(
-            model, tokens, batch_size=batch_size, seed=seed, share=share, on_done=on_done, working=loud
-        )
-        for task in tasks:
-            _set_shots(task, section.num_fewshot, seed)
-        # simple_evaluate would also seed this process's random states and call pip and git to describe the machine
-        output = evaluate(
-            backend,
-            {"tasks": {task.task_name: task for task in tasks}},
-            limit=section.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        tasks = GeneralTasks(section, seed=seed, folder=folder)
+        batch = ChunkSize("general tasks", batch_size, report)
+        measured, merges = tasks.measure(model, tokens, limit=section.limit, batch=batch, on_done=on_done, share=share)
     results: dict[str, TaskResult] = {}
     items: list[Item] = []
-    for task in tasks:
-        by_filter = _task_items(task, output["samples"][task.task_name], backend.notes)
+    for name, task in tasks.tasks.items():
+        by_filter = measured[name]
         first, *others = by_filter
-        summaries = {name: summarise(found, draws=draws, seed=seed) for name, found in by_filter.items()}
-        metric = _metric(task)
-        results[task.task_name] = TaskResult(
-            metric=metric,
+        summaries = {key: summarise(found, draws=draws, seed=seed) for key, found in by_filter.items()}
+        results[name] = TaskResult(
+            metric=metric_name(task),
             summary=summaries[first],
             num_fewshot=int(task.config.num_fewshot or 0),
-            higher_is_better=bool(task.higher_is_better().get(metric, True)),
-            other_filters={name: summaries[name] for name in others},
+            higher_is_better=higher_is_better(task),
+            other_filters={key: summaries[key] for key in others},
         )
         items += [item for found in by_filter.values() for item in found]
-    return results, items, backend.notes.boundary_merges
+    return results, items, merges
 
 
-def _load_tasks(section: GeneralSection, folder: Path | None, cache: str) -> list[Any]:
-    """The lm-eval Task objects of the section's entries, each once and in their order."""
+class GeneralTasks:
+    """The section's lm-eval tasks, loaded once and measured as often as one likes.
+
+    ``tasks`` are lm-eval's Task objects by name, in the section's order. Errors: ConfigError for an unknown task.
+    """
+
+    def __init__(self, section: GeneralSection, *, seed: int, folder: Path | None) -> None:
+        self.seed = seed
+        with quiet(), own_random_states(seed), tempfile.TemporaryDirectory(prefix="drlhf-") as cache:
+            self.tasks = _load_tasks(section, folder, cache)
+        for task in self.tasks.values():
+            _set_shots(task, section.num_fewshot)
+
+    def measure(
+        self,
+        model: Any,
+        tokens: Tokens,
+        *,
+        limit: int | None,
+        batch: ChunkSize,
+        on_done: Callable[[int], None],
+        share: bool = True,
+    ) -> tuple[dict[str, dict[str, list[Item]]], int]:
+        """Task -> answer filter -> one Item per document, in their order; and the number of boundary merges.
+
+        The first ``limit`` documents, and the same shots at every call. ``on_done`` is told how many requests are
+        finished, and may raise to stop.
+        """
+        with quiet() as loud, own_random_states(self.seed):
+            from lm_eval.evaluator import evaluate
+
+            from direct_rlhf.evaluate.backend import LanguageModelBackend
+
+            backend = LanguageModelBackend(
+                model, tokens, batch=batch, seed=self.seed, share=share, on_done=on_done, working=loud
+            )
+            for task in self.tasks.values():  # drawing shots moves its random state
+                task.set_fewshot_seed(seed=self.seed)
+            # simple_evaluate would also seed this process's random states and call pip and git to describe the machine
+            output = evaluate(
+                backend,
+                {"tasks": self.tasks},
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        found = {
+            name: _task_items(name, task, output["samples"][name], backend.notes) for name, task in self.tasks.items()
+        }
+        return found, backend.notes.boundary_merges
+
+
+def _load_tasks(section: GeneralSection, folder: Path | None, cache: str) -> dict[str, Any]:
+    """The lm-eval Task objects of the section's entries by name, each once and in their order."""
     from lm_eval.tasks import TaskManager
 
     specs: list[str | dict[str, Any]] = []
@@ -132,49 +174,54 @@ def _load_tasks(section: GeneralSection, folder: Path | None, cache: str) -> lis
                 f"evaluation.general.tasks: {name} cannot be loaded ({error}). Give an lm-eval task name, the path of "
                 "a task YAML, or `world`; `lm-eval ls tasks` lists the names."
             ) from error
-    return list(tasks.values())
+    return tasks
 
 
-def _set_shots(task: Any, num_fewshot: int | None, seed: int) -> None:
+def _set_shots(task: Any, num_fewshot: int | None) -> None:
     """lm-eval's rule: the recipe's number of shots wins, but not over a task that says 0 itself."""
     own = task.config.num_fewshot
     if num_fewshot is not None and own != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=seed)
 
 
 def _with_cache(config: Mapping[str, Any], cache: str) -> dict[str, Any]:
-    """The config with its local files prepared under ``cache`` and not in the user's home."""
+    """The config with its local files prepared under ``cache``, not in the user's home, and not needed afterwards."""
     if config.get("dataset_path") not in LOCAL_BUILDERS:
         return dict(config)
-    return {**config, "dataset_kwargs": {**config.get("dataset_kwargs", {}), "cache_dir": cache}}
+    own = {"cache_dir": cache, "keep_in_memory": True}
+    return {**config, "dataset_kwargs": {**config.get("dataset_kwargs", {}), **own}}
 
 
-def _metric(task: Any) -> str:
+def metric_name(task: Any) -> str:
+    """acc_norm where the task declares it, else its first metric."""
     declared = list(task.higher_is_better())
     return "acc_norm" if "acc_norm" in declared else str(declared[0])
 
 
-def _task_items(task: Any, rows: Sequence[Mapping[str, Any]], notes: "Notes") -> dict[str, list[Item]]:
+def higher_is_better(task: Any) -> bool:
+    """Which way that metric points."""
+    return bool(task.higher_is_better().get(metric_name(task), True))
+
+
+def _task_items(task_name: str, task: Any, rows: Sequence[Mapping[str, Any]], notes: "Notes") -> dict[str, list[Item]]:
     """Filter -> one item per document; the first filter's items carry the task's name, the others' `task/filter`."""
-    metric = _metric(task)
+    metric = metric_name(task)
     cluster_field = (task.config.metadata or {}).get("cluster_field")  # a document field that repeats, e.g. a passage
     found: dict[str, list[Item]] = {}
     for row in sorted(rows, key=lambda row: row["doc_id"]):
         name = str(row["filter"])
-        label = task.task_name if name == rows[0]["filter"] else f"{task.task_name}/{name}"
+        label = task_name if name == rows[0]["filter"] else f"{task_name}/{name}"
         cluster = str(row["doc"][cluster_field]) if cluster_field else ""
-        item = _item(
-            task, metric, row, label, hashlib.sha256(cluster.encode()).hexdigest()[:16] if cluster else "", notes
-        )
-        found.setdefault(name, []).append(item)
+        unit = hashlib.sha256(cluster.encode()).hexdigest()[:16] if cluster else ""
+        found.setdefault(name, []).append(_item(task, metric, row, label, unit, (task_name, row["doc_id"]), notes))
     return found
 
 
-def _item(task: Any, metric: str, row: Mapping[str, Any], label: str, cluster: str, notes: "Notes") -> Item:
-    key = (task.task_name, row["doc_id"])
+def _item(
+    task: Any, metric: str, row: Mapping[str, Any], label: str, cluster: str, key: tuple[str, int], notes: "Notes"
+) -> Item:
     generated = task.OUTPUT_TYPE == "generate_until"
     reason = notes.failures.get(key, "")
     if not reason and task.OUTPUT_TYPE == "multiple_choice" and not _gold_is_a_choice(task, row["doc"]):
@@ -228,7 +275,23 @@ def _flat(value: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
+def own_random_states(seed: int) -> Iterator[None]:
+    """Python's and NumPy's global random states as of ``seed``, and afterwards what they were before.
+
+    lm-eval draws names from them, and code that comes with a task may draw more.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
     """Keeps lm-eval's and datasets' bars and logs off the terminal; ``with loud():`` gives it back, for our own bar."""
     terminal = sys.stderr
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]

@@ -5,12 +5,14 @@ Legend: N target tokens, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from direct_rlhf.evaluate.trees import TokenTree, attention_reach, batches, hidden_at, logit_chunks, takes_trees
+from direct_rlhf.evaluate.trees import TokenTree, attention_reach, hidden_at, in_batches, logit_chunks, takes_trees
+from direct_rlhf.models.memory import ChunkSize
 
 GROUP_TOKENS = (
     512  # continuation tokens after one copy of a context that is not longer: attention grows with the square
@@ -48,25 +50,27 @@ def score_continuations(
     model: Any,
     requests: Sequence[Request],
     *,
-    batch_size: int,
+    batch: ChunkSize,
     share: bool = True,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Score]:
     """Scores in the order of the requests; an empty continuation has no score (NaN).
 
-    ``share=False`` is the plain path, one sequence a request. At most ``batch_size`` contexts are in a forward;
+    ``share=False`` is the plain path, one sequence a request. At most ``batch.size`` contexts are in a forward;
     ``on_batch`` is told how many requests a batch finished (and may raise to stop).
     Units:   nats, summed in float32 over float32 log-probabilities.
+    Errors:  OutOfMemoryError where one context does not fit.
     """
-    groups = _groups(requests, share and takes_trees(model), attention_reach(model))
+    share = share and batch.run(lambda size: takes_trees(model))
+    groups = _groups(requests, share, attention_reach(model))
     scores = [Score(float("nan"), False)] * len(requests)
     for own_window in (False, True):
         pool = [group for group in groups if group.own_window is own_window]
-        for batch in batches([group.tree for group in pool], batch_size):
-            members = [pool[i] for i in batch]
-            indices = [index for group in members for index in group.requests]
-            for index, score in zip(indices, _score_groups(model, members, requests), strict=True):
-                scores[index] = score
+        score = partial(_score_groups, model, pool, requests)
+        for members, found in in_batches([group.tree for group in pool], batch, score):
+            indices = [index for member in members for index in pool[member].requests]
+            for index, one in zip(indices, found, strict=True):
+                scores[index] = one
             on_batch(len(indices))
     on_batch(sum(not continuation for _, continuation in requests))
     return scores
@@ -92,8 +96,11 @@ def _groups(requests: Sequence[Request], share: bool, reach: int | None) -> list
 
 
 @torch.inference_mode()
-def _score_groups(model: Any, groups: Sequence[_Group], requests: Sequence[Request]) -> list[Score]:
-    """Scores of the groups' requests, group by group."""
+def _score_groups(
+    model: Any, pool: Sequence[_Group], requests: Sequence[Request], chosen: Sequence[int]
+) -> list[Score]:
+    """Scores of the requests of the ``chosen`` groups, group by group."""
+    groups = [pool[i] for i in chosen]
     members = [requests[index][1] for group in groups for index in group.requests]
     slots = [[slot for before in group.before for slot in before] for group in groups]
     hidden_NH = hidden_at(model, [group.tree for group in groups], slots, packed=True)

@@ -115,6 +115,7 @@ def _general(subject: _Subject) -> tuple[dict[str, Any], list[Item]]:
         draws=evaluation.bootstrap_draws,
         should_stop=ctx.should_stop,
         progress=ctx.progress,
+        report=ctx.say,
         folder=subject.folder,
     )
     overall = summarise(
@@ -214,6 +215,7 @@ def _sampling(ctx: StageContext) -> dict[str, Any]:
         "seed": ctx.recipe.seed,
         "draws": evaluation.bootstrap_draws,
         "should_stop": ctx.should_stop,
+        "report": ctx.say,
     }
 
 

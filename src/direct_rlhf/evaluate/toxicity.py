@@ -29,6 +29,7 @@ from direct_rlhf.evaluate.statistics import summarise
 from direct_rlhf.evaluate.trees import context_length
 from direct_rlhf.evaluate.wordlist import whole_word_pattern
 from direct_rlhf.evaluate.words import WordMeter
+from direct_rlhf.models.memory import ChunkSize
 
 if TYPE_CHECKING:
     from direct_rlhf.run.context import MakesBars
@@ -135,9 +136,11 @@ def evaluate_toxicity(
     draws: int,
     should_stop: Callable[[], bool],
     progress: "MakesBars",
+    report: Callable[[str], None],
 ) -> tuple[ToxicityResult, list[Item]]:
     """Sample the answers and measure them. An item's task is the name of its rate, its id PROMPT#SAMPLE.
 
+    ``report`` is told when a batch did not fit into memory.
     Errors: Interrupted when asked to stop.
     """
     sampled = _sample(
@@ -148,7 +151,7 @@ def evaluate_toxicity(
         progress,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        batch_size=batch_size,
+        batch=ChunkSize("toxicity answers", batch_size, report),
         seed=seed,
         should_stop=should_stop,
     )
@@ -170,7 +173,8 @@ def evaluate_toxicity(
                 unread = "no_language" if outcome == "unparsed" else ""
                 items.append(one.item(rate, float(outcome == "refuse"), reason=unread, outcome=outcome))
     with progress("bad-word probability") as bar:
-        meter = WordMeter(model, form.tokens, words, temperature=temperature, batch_size=batch_size)
+        batch = ChunkSize("bad-word probability", batch_size, report)
+        meter = WordMeter(model, form.tokens, words, temperature=temperature, batch=batch)
         items += _word_items(meter, [one for one in sampled if one.prompt.set in RATES["bad_word_probability"]])
         bar.advance()
     return _result(items, outcomes, draws=draws, seed=seed), items

@@ -7,16 +7,18 @@ those of separate sequences. Where that cannot be (an architecture that takes no
 than a branch), the branches run as sequences of their own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from direct_rlhf.models.forward import CHUNK_ELEMENTS, backbone, causal_lm, final_logits
+from direct_rlhf.models.memory import ChunkSize
 
+T = TypeVar("T")
 MASK_ELEMENTS = 2**23  # B * L * L of a batch: 32 MiB in float32
 
 
@@ -106,14 +108,26 @@ def hidden_at(model: Any, trees: Sequence[TokenTree], slots: Sequence[Sequence[i
     return picked_NH
 
 
-def batches(trees: Sequence[TokenTree], batch_size: int) -> Iterator[list[int]]:
-    """Indices of trees of similar size, the largest first, as many as a batch's mask may hold."""
+def in_batches(
+    trees: Sequence[TokenTree], batch: ChunkSize, work: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """``work(indices)`` on trees of similar size, the largest first; yields the indices with what came of them.
+
+    A batch holds at most ``batch.size`` trees, and as many as its mask may. Where memory runs out, only the batch at
+    hand is computed again.
+    """
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))
     start = 0
+
+    def attempt(size: int) -> tuple[list[int], T]:
+        room = max(1, MASK_ELEMENTS // len(trees[order[start]].ids) ** 2)
+        indices = order[start : start + min(size, room)]
+        return indices, work(indices)
+
     while start < len(order):
-        end = start + min(batch_size, max(1, MASK_ELEMENTS // len(trees[order[start]].ids) ** 2))
-        yield order[start:end]
-        start = end
+        indices, result = batch.run(attempt)
+        yield indices, result
+        start += len(indices)
 
 
 def logit_chunks(model: Any, hidden_NH: Tensor) -> Iterator[Tensor]:
@@ -155,6 +169,8 @@ def takes_trees(model: Any) -> bool:
     expected = torch.cat(list(logit_chunks(model, hidden_at(model, [tree], slots, packed=False))))
     try:
         found = torch.cat(list(logit_chunks(model, hidden_at(model, [tree], slots, packed=True))))
+    except torch.OutOfMemoryError:  # a RuntimeError, which says nothing of what the model takes
+        raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # it takes no 4-D mask or no positions
         return False
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.1

@@ -26,6 +26,7 @@ from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.evaluate import trees
 from direct_rlhf.evaluate.trees import TokenTree
 from direct_rlhf.evaluate.wordlist import NOWHERE, Nodes, Trie, is_word_character
+from direct_rlhf.models.memory import ChunkSize
 
 N_WORDS = 8
 
@@ -69,6 +70,10 @@ class _Branch:
     mass: float  # probability of the branch, given its query
 
 
+# a branch, the mass that completes a word next, (token, state, mass) left open, the mass not followed
+_Outcome = tuple[_Branch, float, list[tuple[int, _State, float]], float]
+
+
 class WordMeter:
     """Measures one model. ``temperature`` divides its logits (that of the sampled answers; 0 is read as 1)."""
 
@@ -80,20 +85,20 @@ class WordMeter:
         *,
         temperature: float = 1.0,
         tolerance: float = 2e-4,
-        batch_size: int = 32,
+        batch: ChunkSize | None = None,
     ) -> None:
         self._model = model
         self._tokens = tokens
         self._temperature = temperature or 1.0
         self._tolerance = tolerance
-        self._batch_size = batch_size
+        self._batch = batch or ChunkSize("bad-word probability", 32)
         self._trie = Trie(words)
         self._texts = token_texts(tokens, trees.vocabulary(model))
         self._by_first: dict[str, list[int]] = defaultdict(list)
         for token, text in enumerate(self._texts):
             self._by_first[text[:1]].append(token)
         self._moves: dict[_State, _Moves] = {}
-        self._packed = trees.takes_trees(model)
+        self._packed = self._batch.run(lambda size: trees.takes_trees(model))
         self._reach = trees.attention_reach(model)
 
     def next_word(self, prompts: Sequence[Sequence[int]]) -> list[Mass]:
@@ -155,28 +160,28 @@ class WordMeter:
             branches = grown
         return [Mass(*pair) for pair in zip(mass, missed, strict=True)]
 
-    def _look(
-        self, forest: Sequence[TokenTree], branches: Sequence[_Branch]
-    ) -> Iterator[tuple[_Branch, float, list[tuple[int, _State, float]], float]]:
-        """Of each branch, in any order: mass that completes a word next, (token, state, mass) left open, mass not
-        followed."""
+    def _look(self, forest: Sequence[TokenTree], branches: Sequence[_Branch]) -> Iterator[_Outcome]:
+        """The outcome of each branch, in any order."""
         by_query: dict[int, list[_Branch]] = defaultdict(list)
         for branch in branches:
             by_query[branch.query].append(branch)
         queries = list(by_query.values())
         pruned = [forest[found[0].query].pruned([branch.slot for branch in found]) for found in queries]
-        for batch in trees.batches([tree for tree, _ in pruned], self._batch_size):
-            asked, slots = zip(*(pruned[i] for i in batch), strict=True)
+
+        def look(indices: list[int]) -> list[_Outcome]:
+            asked, slots = zip(*(pruned[i] for i in indices), strict=True)
             packed = self._packed and not self._beyond_reach(asked)
             hidden_NH = trees.hidden_at(self._model, asked, slots, packed=packed)
-            looked = [branch for i in batch for branch in queries[i]]
+            looked = [branch for i in indices for branch in queries[i]]
+            found: list[_Outcome] = []
             for logits_nV in trees.logit_chunks(self._model, hidden_NH):
-                yield from self._outcomes(looked[: len(logits_nV)], logits_nV)
-                looked = looked[len(logits_nV) :]
+                found += self._outcomes(looked[len(found) : len(found) + len(logits_nV)], logits_nV)
+            return found
 
-    def _outcomes(
-        self, branches: Sequence[_Branch], logits_nV: Tensor
-    ) -> Iterator[tuple[_Branch, float, list[tuple[int, _State, float]], float]]:
+        for _, found in trees.in_batches([tree for tree, _ in pruned], self._batch, look):
+            yield from found
+
+    def _outcomes(self, branches: Sequence[_Branch], logits_nV: Tensor) -> Iterator[_Outcome]:
         probability_nV = (logits_nV / self._temperature).softmax(dim=-1).cpu()
         by_state: dict[_State, list[int]] = defaultdict(list)
         for row, branch in enumerate(branches):

@@ -24,8 +24,9 @@ from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.tokens import Tokens, load_tokens
 from direct_rlhf.data.types import Turns
 from direct_rlhf.errors import CheckpointError, ConfigError, DataError
-from direct_rlhf.models.batches import by_length, padded
+from direct_rlhf.models.batches import BATCH_TOKENS, by_length, padded
 from direct_rlhf.models.loading import autocast, load_causal_lm, load_pretrained, replacing, save_adapter
+from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import DialogueSection
 from direct_rlhf.rollout.types import SamplingSettings
@@ -80,6 +81,7 @@ class RewardModel:
     normalisation: Normalisation | None
     device: str
     dtype: str
+    adapter: str = ADAPTER  # its name on a trunk that it shares
 
     @cached_property
     def dialogue(self) -> DialogueFormat:
@@ -110,11 +112,19 @@ class RewardModel:
     def raw_ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Scores of token sequences, float32 [n] on the CPU."""
         lengths = [len(ids) for ids in sequences]
-        score_n = torch.zeros(len(sequences))
-        with self.active(), autocast(self.device, self.dtype):
-            for rows in by_length(lengths, range(len(sequences))):
+
+        def attempt(slots: int) -> Tensor:
+            score_n = torch.zeros(len(sequences))
+            for rows in by_length(lengths, range(len(sequences)), slots):
                 score_n[rows] = self.scalar.scores(*padded([sequences[row] for row in rows], self.device)).cpu()
-        return score_n
+            return score_n
+
+        with self.active(), autocast(self.device, self.dtype):
+            return self._chunk.run(attempt)
+
+    @cached_property
+    def _chunk(self) -> ChunkSize:
+        return ChunkSize("reward model scores", BATCH_TOKENS)
 
     def encode(self, item: Item) -> list[int] | None:
         """Ids of dialogue and answer as the model reads them (EOS at the end of a finished one); None if too long."""
@@ -132,11 +142,11 @@ class RewardModel:
     def active(self) -> Iterator[ScalarModel]:
         """The scalar model with its adapter on; the adapter that was on before is put back."""
         trunk: Any = self.scalar.trunk
-        if self.facts.tuning == "full" or trunk.active_adapter == ADAPTER:
+        if self.facts.tuning == "full" or trunk.active_adapter == self.adapter:
             yield self.scalar
             return
         before = trunk.active_adapter
-        trunk.set_adapter(ADAPTER, inference_mode=True)
+        trunk.set_adapter(self.adapter, inference_mode=True)
         try:
             yield self.scalar
         finally:
@@ -174,7 +184,7 @@ class RewardModel:
         """Write the artefact; the folder appears by one rename, an older one of that name is replaced."""
         with replacing(folder) as temporary:
             if self.facts.tuning == "lora":
-                save_adapter(self.scalar.trunk, temporary / "adapter", ADAPTER)
+                save_adapter(self.scalar.trunk, temporary / "adapter", self.adapter)
             else:
                 _save_full(self.scalar, self.tokens.pad_id, temporary)
             save_file({"weight": self.scalar.head.weight.detach().cpu().contiguous()}, temporary / "head.safetensors")
@@ -189,11 +199,19 @@ class RewardModel:
             (temporary / "reward.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: str = "float32", device: str = "cpu", trunk: Any = None) -> "RewardModel":
+    def load(
+        cls,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        trunk: Any = None,
+        adapter: str = ADAPTER,
+    ) -> "RewardModel":
         """The artefact in ``folder``, its parameters in ``dtype`` (the head in float32), frozen.
 
         ``trunk``, for a LoRA reward model: the base it was trained on, if that is in memory already (a causal LM, or a
-        PeftModel, which gets one more adapter called "reward"); otherwise the base is loaded.
+        PeftModel, which gets one more adapter called ``adapter``); otherwise the base is loaded.
         Errors: ConfigError if the folder is no reward model; CheckpointError if its parts do not belong together.
         """
         facts, normalisation = _read_description(folder)
@@ -201,7 +219,7 @@ class RewardModel:
         if tokens.sha256 != facts.tokenizer_sha256:
             raise CheckpointError(f"{folder}: its tokenizer is not the one it was trained with; make it again")
         if facts.tuning == "lora":
-            model = _load_adapter(folder, facts, dtype, device, trunk)
+            model = _load_adapter(folder, facts, dtype, device, trunk, adapter)
         else:
             from transformers import AutoModel
 
@@ -212,7 +230,7 @@ class RewardModel:
         scalar = ScalarModel(model, head.to(device))
         if trunk is None:
             scalar.requires_grad_(False)
-        return cls(scalar, tokens, facts, normalisation, device, dtype)
+        return cls(scalar, tokens, facts, normalisation, device, dtype, adapter)
 
 
 def _save_full(scalar: ScalarModel, pad_id: int, folder: Path) -> None:
@@ -236,15 +254,15 @@ def _save_full(scalar: ScalarModel, pad_id: int, folder: Path) -> None:
         trunk.save_pretrained(folder)
 
 
-def _load_adapter(folder: Path, facts: Facts, dtype: str, device: str, trunk: Any) -> Any:
+def _load_adapter(folder: Path, facts: Facts, dtype: str, device: str, trunk: Any, adapter: str) -> Any:
     from peft import PeftModel
 
     if trunk is None:
         trunk = load_causal_lm(facts.base, dtype=dtype, device=device, revision=facts.revision)
     if not isinstance(trunk, PeftModel):
-        return PeftModel.from_pretrained(trunk, folder / "adapter", adapter_name=ADAPTER).eval()
+        return PeftModel.from_pretrained(trunk, folder / "adapter", adapter_name=adapter).eval()
     before = trunk.active_adapter
-    trunk.load_adapter(folder / "adapter", adapter_name=ADAPTER, is_trainable=False)
+    trunk.load_adapter(folder / "adapter", adapter_name=adapter, is_trainable=False)
     trunk.set_adapter(before)
     return trunk.eval()
 

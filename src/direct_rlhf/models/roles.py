@@ -20,7 +20,7 @@ from direct_rlhf.models.loading import add_lora, autocast, load_for
 from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import ModelSection
 
-POLICY, CRITIC = "policy", "critic"
+POLICY, CRITIC, COST_CRITIC = "policy", "critic", "cost_critic"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class Roles:
     reference: Any | None  # None: the policy with its adapters off
     device: str
     dtype: str
+    cost_critic: ScalarModel | None = None  # with PPO-Lagrangian
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The roles whose parameters move."""
+        return (POLICY, CRITIC) if self.cost_critic is None else (POLICY, CRITIC, COST_CRITIC)
 
     @contextmanager
     def acting(self) -> Iterator[Any]:
@@ -40,10 +46,10 @@ class Roles:
             yield self.policy
 
     @contextmanager
-    def criticising(self) -> Iterator[ScalarModel]:
-        """The critic, ready to value and to be trained."""
-        with self._adapter(CRITIC), autocast(self.device, self.dtype):
-            yield self.critic
+    def criticising(self, role: str = CRITIC) -> Iterator[ScalarModel]:
+        """A critic, ready to value and to be trained."""
+        with self._adapter(role), autocast(self.device, self.dtype):
+            yield self._critic(role)
 
     @torch.no_grad()
     def reference_logprobs(self, ids_BL: Tensor, mask_BL: Tensor, target_BL: Tensor, temperature: float) -> Tensor:
@@ -54,14 +60,12 @@ class Roles:
             with self.policy.disable_adapter():
                 return token_logprobs(self.policy, ids_BL, mask_BL, target_BL, temperature=temperature).logprob_BL
 
-    def policy_parameters(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self._named(POLICY)]
-
-    def critic_parameters(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self._named(CRITIC)]
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The trained parameters of one of `trained`."""
+        return [parameter for _, parameter in self._named(role)]
 
     def state(self, role: str) -> dict[str, Tensor]:
-        """The trained tensors of `policy` or `critic`, by name (copies that later steps do not change)."""
+        """The trained tensors of one of `trained`, by name (copies that later steps do not change)."""
         return {name: parameter.detach().clone() for name, parameter in self._named(role)}
 
     def load_state(self, role: str, state: dict[str, Tensor]) -> None:
@@ -77,11 +81,16 @@ class Roles:
 
     def _named(self, role: str) -> list[tuple[str, nn.Parameter]]:
         if self.reference is not None:
-            module = self.policy if role == POLICY else self.critic
+            module = self.policy if role == POLICY else self._critic(role)
             return list(module.named_parameters())
         adapter = [(n, p) for n, p in self.policy.named_parameters() if f".{role}." in n]
-        head = [(f"head.{n}", p) for n, p in self.critic.head.named_parameters()] if role == CRITIC else []
+        head = [] if role == POLICY else [(f"head.{n}", p) for n, p in self._critic(role).head.named_parameters()]
         return adapter + head
+
+    def _critic(self, role: str) -> ScalarModel:
+        critic = self.critic if role == CRITIC else self.cost_critic
+        assert critic is not None, role
+        return critic
 
     @contextmanager
     def _adapter(self, name: str) -> Iterator[None]:
@@ -91,30 +100,51 @@ class Roles:
         yield
 
 
-def full_roles(section: ModelSection, init: str, critic: ScalarModel | None, *, device: str) -> Roles:
-    """Policy (float32 master weights) and frozen reference from ``init``; the critic as given, or a zero head on it."""
+def full_roles(
+    section: ModelSection,
+    init: str,
+    critic: ScalarModel | None,
+    *,
+    device: str,
+    cost_critic: ScalarModel | None = None,
+    with_cost: bool = False,
+) -> Roles:
+    """Policy (float32 master weights) and frozen reference from ``init``; critics as given, or a zero head on it."""
     policy = load_for(section, init, dtype="float32", device=device)
     reference = load_for(section, init, dtype=section.dtype, device=device)
-    if critic is None:
-        critic = ScalarModel.zero(load_for(section, init, dtype="float32", device=device))
+
+    def ready(given: ScalarModel | None) -> ScalarModel:
+        fresh = given or ScalarModel.zero(load_for(section, init, dtype="float32", device=device))
+        return fresh.requires_grad_(True)
+
     return Roles(
-        policy.requires_grad_(True), critic.requires_grad_(True), reference.requires_grad_(False), device, section.dtype
+        policy.requires_grad_(True),
+        ready(critic),
+        reference.requires_grad_(False),
+        device,
+        section.dtype,
+        ready(cost_critic) if with_cost else None,
     )
 
 
-def lora_roles(section: ModelSection, init: str, *, device: str, seed: int) -> Roles:
-    """One frozen trunk from ``init`` with a fresh adapter for the policy and one, under a zero head, for the critic."""
+def lora_roles(section: ModelSection, init: str, *, device: str, seed: int, with_cost: bool = False) -> Roles:
+    """One frozen trunk from ``init`` with fresh adapters: the policy's and, under a zero head, one for each critic."""
     policy = add_lora(load_for(section, init, dtype=section.dtype, device=device), section.lora, POLICY, seed=seed)
     policy = add_lora(policy, section.lora, CRITIC, seed=seed + 1)
-    return Roles(policy, ScalarModel.zero(policy), None, device, section.dtype)
+    if with_cost:
+        policy = add_lora(policy, section.lora, COST_CRITIC, seed=seed + 2)
+    cost_critic = ScalarModel.zero(policy) if with_cost else None
+    return Roles(policy, ScalarModel.zero(policy), None, device, section.dtype, cost_critic)
 
 
-def critic_from_adapter(roles: Roles, adapter: str, head: nn.Linear, mean: float, std: float) -> None:
+def critic_from_adapter(roles: Roles, role: str, adapter: str, head: nn.Linear, mean: float, std: float) -> None:
     """Start a LoRA critic from a reward model on the same trunk: its adapter, its head in normalised units."""
-    critic = {name: parameter for name, parameter in roles.policy.named_parameters() if f".{CRITIC}." in name}
+    critic = {name: parameter for name, parameter in roles.policy.named_parameters() if f".{role}." in name}
+    scalar = roles.critic if role == CRITIC else roles.cost_critic
+    assert scalar is not None, role
     with torch.no_grad():
         for name, parameter in roles.policy.named_parameters():
             if f".{adapter}." in name:
-                critic[name.replace(f".{adapter}.", f".{CRITIC}.")].copy_(parameter)
-        roles.critic.head.weight.copy_(head.weight / std)
-        roles.critic.head.bias.fill_(-mean / std)
+                critic[name.replace(f".{adapter}.", f".{role}.")].copy_(parameter)
+        scalar.head.weight.copy_(head.weight / std)
+        scalar.head.bias.fill_(-mean / std)

@@ -10,6 +10,9 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     pair_users: list[str] = [arm for arm in recipe.arms if arm in ("sft", "sft_ppo", "dpo")]
     if ppo_arms and isinstance(recipe.ppo.reward, TrainedReward):
         pair_users += ["the reward model"]
+    lagrangian = recipe.ppo.lagrangian
+    if ppo_arms and lagrangian.enabled and isinstance(lagrangian.cost, TrainedReward):
+        pair_users += ["the cost model"]
     problems = []
     if pair_users and not recipe.data.preferences:
         problems.append(

@@ -126,7 +126,7 @@ class OptimiserSection(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite is never taken: it ends the run, or it is left out."""
     max_skipped: int = Field(3, ge=1)
-    """Steps left out in a row at which the run ends all the same."""
+    """More steps left out in a row than this end the run all the same."""
     spike_sigma: float | None = Field(6.0, gt=1)
     """A gradient norm this many standard deviations above the last 128 steps' mean is reported with its batch."""
     skip_spikes: bool = False

@@ -3,8 +3,10 @@
 Legend: B answers, P prompt slots (left-padded), T response slots (right-padded).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -58,3 +60,20 @@ class Rollout:
 
     def __len__(self) -> int:
         return self.response_ids_BT.shape[0]
+
+    def cpu(self) -> Self:
+        """The same with all tensors on the CPU."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        moved: dict[str, Any] = {name: field.cpu() for name, field in fields.items() if isinstance(field, Tensor)}
+        return replace(self, **moved)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a checkpoint; ``from_state`` is the inverse."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return fields | {"finish": list(map(str, self.finish)), "keys": [asdict(key) for key in self.keys]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        finish = tuple(map(FinishReason, state["finish"]))
+        keys = tuple(SampleKey(**key) for key in state["keys"])
+        return cls(**{**state, "finish": finish, "keys": keys, "texts": tuple(state["texts"])})

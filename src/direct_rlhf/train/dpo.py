@@ -14,8 +14,10 @@ from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.tokens import Tokens, load_tokens
 from direct_rlhf.data.types import PreferenceData
 from direct_rlhf.maths.losses import dpo
+from direct_rlhf.models.batches import BATCH_TOKENS
 from direct_rlhf.models.forward import token_logprobs
 from direct_rlhf.models.loading import autocast
+from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.run.context import StageContext
 from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, run_steps, save_arm
 from direct_rlhf.train.pairs import EncodedPair, PairBatch, encode_pairs, pair_batches
@@ -36,24 +38,28 @@ def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
     reference_train = _reference(ctx, model, train, "DPO reference, training pairs")
     reference_held_out = _reference(ctx, model, held_out, "DPO reference, held-out pairs")
 
-    def accumulate(rows: list[int]) -> dict[str, float]:
+    def accumulate(rows: list[int], slots: int) -> dict[str, float]:
         picked = tuple(reference[rows] for reference in reference_train)
         pairs = [train[row] for row in rows]
         trained = float(sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs))
-        return {**pair_loss(pairs, picked, backward=True), "answer_tokens": trained}
+        return {**pair_loss(pairs, picked, slots, backward=True), "answer_tokens": trained}
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(slots: int) -> dict[str, float]:
         if not held_out:
             return {}
-        values = pair_loss(held_out, reference_held_out, backward=False)
+        values = pair_loss(held_out, reference_held_out, slots, backward=False)
         return {f"held_out_{name}": value for name, value in values.items()}
 
-    def pair_loss(pairs: Sequence[EncodedPair], reference: tuple[Tensor, ...], *, backward: bool) -> dict[str, float]:
+    def pair_loss(
+        pairs: Sequence[EncodedPair], reference: tuple[Tensor, ...], slots: int, *, backward: bool
+    ) -> dict[str, float]:
         """Mean loss and statistics over ``pairs``; with ``backward`` the loss's gradient is added as well."""
         n = len(pairs)
         sums = dict.fromkeys(STATISTICS, 0.0)
         with torch.set_grad_enabled(backward), autocast(ctx.device, recipe.model.dtype):
-            for batch in pair_batches(pairs, ctx.device):
+            for batch in pair_batches(pairs, ctx.device, slots):
+                if not backward:
+                    ctx.check_stop()
                 chosen_B, rejected_B = answer_logprobs(model, batch)
                 reference_chosen_B, reference_rejected_B = (part[batch.rows].to(ctx.device) for part in reference)
                 term = dpo(
@@ -75,6 +81,7 @@ def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
             stage=arm,
             title=f"DPO ({arm})",
             ids=[pair.pair.id for pair in train],
+            lengths=[pair.length for pair in train],
             module=model,
             accumulate=accumulate,
             evaluate=evaluate,
@@ -95,11 +102,15 @@ def answer_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _reference(ctx: StageContext, model: Any, pairs: Sequence[EncodedPair], title: str) -> tuple[Tensor, Tensor]:
     """The untrained model's log-probabilities (chosen [n], rejected [n]), on the CPU."""
-    chosen_n, rejected_n = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-    with ctx.progress(title, total=len(pairs)) as bar, autocast(ctx.device, ctx.recipe.model.dtype):
-        for batch in pair_batches(pairs, ctx.device):
-            ctx.check_stop()
-            chosen_B, rejected_B = answer_logprobs(model, batch)
-            chosen_n[batch.rows], rejected_n[batch.rows] = chosen_B.cpu(), rejected_B.cpu()
-            bar.advance(len(batch.rows))
-    return chosen_n, rejected_n
+
+    def attempt(slots: int) -> tuple[Tensor, Tensor]:
+        chosen_n, rejected_n = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+        with ctx.progress(title, total=len(pairs)) as bar, autocast(ctx.device, ctx.recipe.model.dtype):
+            for batch in pair_batches(pairs, ctx.device, slots):
+                ctx.check_stop()
+                chosen_B, rejected_B = answer_logprobs(model, batch)
+                chosen_n[batch.rows], rejected_n[batch.rows] = chosen_B.cpu(), rejected_B.cpu()
+                bar.advance(len(batch.rows))
+        return chosen_n, rejected_n
+
+    return ChunkSize(title, BATCH_TOKENS, ctx.say).run(attempt)

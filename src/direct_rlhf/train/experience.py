@@ -5,20 +5,25 @@
 Legend: B answers, P prompt slots (left-padded), T response slots (right-padded), L = P + T.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from direct_rlhf.data.types import Prompt
+from direct_rlhf.errors import DivergenceError
 from direct_rlhf.maths import kl
 from direct_rlhf.maths.advantages import gae
+from direct_rlhf.maths.lagrangian import combine
 from direct_rlhf.maths.masked import masked_mean, whiten
 from direct_rlhf.maths.rewards import clip_scores, explained_variance, finish_scores, token_rewards
-from direct_rlhf.models.roles import Roles
+from direct_rlhf.models.memory import ChunkSize
+from direct_rlhf.models.roles import COST_CRITIC, CRITIC, Roles
 from direct_rlhf.models.scalar import ScalarModel
-from direct_rlhf.recipe.schema import PpoSection
+from direct_rlhf.recipe.schema import LengthSection, PpoSection
 from direct_rlhf.rollout.types import FinishReason, Rollout
 from direct_rlhf.train.health import text_statistics
 from direct_rlhf.train.reward_sources import Answer, Reward
@@ -37,15 +42,29 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout with its scores and the numbers of the two frozen views: reference log-probs and old values."""
+    """A rollout with its scores and the numbers of the frozen views: reference log-probs and old values.
+
+    The fields of the cost are None without PPO-Lagrangian. cost = -(normalised score of the cost model).
+    """
 
     rollout: Rollout
     raw_score_B: Tensor  # normalised reward before clipping and the rules for length and unfinished answers
     score_clip_hits: int  # scores beyond the clip
     score_B: Tensor  # what the last action is paid
-    keep_B: Tensor  # bool; False where the `mask` rule leaves an answer out of both losses
+    keep_B: Tensor  # bool; False where the `mask` rule leaves an answer out of the losses
     reference_BT: Tensor  # log-probs, nats; 0 outside the actions
     value_BT: Tensor  # normalised reward units; 0 outside the actions
+    raw_cost_B: Tensor | None = None
+    cost_B: Tensor | None = None  # what the last action costs
+    cost_value_BT: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a checkpoint; ``from_state`` is the inverse."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"rollout": self.rollout.state()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        return cls(**{**state, "rollout": Rollout.from_state(state["rollout"])})
 
 
 @dataclass(frozen=True)
@@ -54,8 +73,17 @@ class Experience:
 
     scored: Scored
     train_mask_BT: Tensor
-    advantage_BT: Tensor  # whitened over the whole batch, 0 outside train_mask
+    advantage_BT: Tensor  # of reward and cost together, whitened over the whole batch, 0 outside train_mask
     return_BT: Tensor  # unwhitened advantage + old value
+    cost_return_BT: Tensor | None = None  # the same of the cost
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What rates answers: the reward, and with PPO-Lagrangian the source of costs."""
+
+    reward: Reward
+    cost: Reward | None = None
 
 
 def batch_of(rollout: Rollout, rows: Sequence[int], device: str) -> Batch:
@@ -93,21 +121,60 @@ def score(
     prompts: Sequence[Prompt],
     *,
     roles: Roles,
-    reward: Reward,
+    judges: Judges,
     section: PpoSection,
     cap: int,
     check_stop: Callable[[], None],
+    chunk: ChunkSize,
 ) -> Scored:
-    """Rewards, reference log-probs and values of a rollout (section 2.4 rules for unfinished answers)."""
-    raw = reward.score(answers_of(rollout, prompts)).float().cpu()
+    """Rewards, costs, reference log-probs and values of a rollout (the rules for unfinished answers applied).
+
+    Errors: DivergenceError that names the prompt for a reward, log-prob or value that is not finite; what
+    ``check_stop`` raises.
+    """
     length = section.length
+    raw, score_B, keep_B, hits = _finished_scores(rollout, prompts, judges.reward, section, cap, length)
+    raw_cost_B = cost_B = None
+    if judges.cost is not None:
+        priced_once = length.model_copy(update={"overlong_buffer": 0, "per_token_penalty": 0.0})  # in the reward alone
+        raw_harmless, harmless_B, _, _ = _finished_scores(rollout, prompts, judges.cost, section, cap, priced_once)
+        raw_cost_B, cost_B = -raw_harmless, -harmless_B
+    check_stop()
+
+    def reference(batch: Batch) -> Tensor:
+        temperature = section.sampling.temperature
+        return roles.reference_logprobs(batch.ids_BL, batch.mask_BL, batch.action_BL, temperature)[
+            :, batch.prompt_slots :
+        ]
+
+    reference_BT = over_actions(rollout, reference, "reference log-probability", roles.device, chunk, check_stop)
+    values = partial(old_values, rollout, roles=roles, chunk=chunk, check_stop=check_stop)
+    return Scored(
+        rollout,
+        raw,
+        hits,
+        score_B,
+        keep_B,
+        reference_BT,
+        values(CRITIC),
+        raw_cost_B,
+        cost_B,
+        None if judges.cost is None else values(COST_CRITIC),
+    )
+
+
+def _finished_scores(
+    rollout: Rollout, prompts: Sequence[Prompt], judge: Reward, section: PpoSection, cap: int, length: LengthSection
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Raw scores [B], scores after the clip and the rules for endings and length [B], keep [B], clip hits."""
+    raw = judge.score(answers_of(rollout, prompts)).float().cpu()
     clipped, hits = clip_scores(raw, section.score_clip)
     score_B, keep_B = finish_scores(
         clipped,
         rollout.action_mask_BT.sum(1),
         torch.tensor([finish is FinishReason.LENGTH for finish in rollout.finish]),
         rule=length.unfinished,
-        low_quantile=reward.low_quantile,
+        low_quantile=judge.low_quantile,
         penalty=length.unfinished_penalty,
         factor=length.unfinished_factor,
         cap=cap,
@@ -116,27 +183,50 @@ def score(
         per_token_penalty=length.per_token_penalty,
         min_response_tokens=length.min_response_tokens,
     )
-    shape = rollout.action_mask_BT.shape
-    reference_BT = torch.zeros(shape)
-    for rows in by_length(rollout, range(len(rollout)), section.micro_batch_size):
-        check_stop()
-        batch = batch_of(rollout, rows, roles.device)
-        reference = roles.reference_logprobs(batch.ids_BL, batch.mask_BL, batch.action_BL, section.sampling.temperature)
-        reference_BT[rows, : batch.response_slots] = reference[:, batch.prompt_slots :].cpu()
-    return Scored(
-        rollout, raw, int(hits), score_B, keep_B, reference_BT, old_values(rollout, roles=roles, section=section)
-    )
+    return raw, score_B, keep_B, int(hits)
+
+
+def old_values(
+    rollout: Rollout, critic: str, *, roles: Roles, chunk: ChunkSize, check_stop: Callable[[], None]
+) -> Tensor:
+    """A critic's values of every action, [B, T], normalised reward units, 0 outside the actions."""
+    with roles.criticising(critic) as model:
+        return over_actions(
+            rollout, lambda batch: action_values(model, batch), f"{critic} value", roles.device, chunk, check_stop
+        )
 
 
 @torch.no_grad()
-def old_values(rollout: Rollout, *, roles: Roles, section: PpoSection) -> Tensor:
-    """The critic's values of every action, [B, T], normalised reward units, 0 outside the actions."""
-    value_BT = torch.zeros(rollout.action_mask_BT.shape)
-    with roles.criticising() as critic:
-        for rows in by_length(rollout, range(len(rollout)), section.micro_batch_size):
-            batch = batch_of(rollout, rows, roles.device)
-            value_BT[rows, : batch.response_slots] = action_values(critic, batch).float().cpu()
-    return torch.where(rollout.action_mask_BT, value_BT, 0.0)
+def over_actions(
+    rollout: Rollout,
+    compute: Callable[[Batch], Tensor],
+    what: str,
+    device: str,
+    chunk: ChunkSize,
+    check_stop: Callable[[], None],
+) -> Tensor:
+    """``compute`` of every row, [B, T] float32 on the CPU, 0 outside the actions; ``chunk`` rows to a forward pass.
+
+    Errors: DivergenceError that says ``what`` of which prompt is not finite.
+    """
+
+    def attempt(size: int) -> Tensor:
+        result_BT = torch.zeros(rollout.action_mask_BT.shape)
+        for rows in by_length(rollout, range(len(rollout)), size):
+            check_stop()
+            batch = batch_of(rollout, rows, device)
+            result_BT[rows, : batch.response_slots] = compute(batch).float().cpu()
+        return torch.where(rollout.action_mask_BT, result_BT, 0.0)
+
+    result_BT = chunk.run(attempt)
+    if not result_BT.isfinite().all():
+        row, slot = (~result_BT.isfinite()).nonzero()[0].tolist()
+        raise DivergenceError(
+            f"the {what} of prompt {rollout.keys[row].prompt_id} is {float(result_BT[row, slot])} at answer token "
+            f"{slot} ({rollout.texts[row][:80]!r}). Nothing was trained on it: resume from an earlier checkpoint with "
+            "a smaller learning rate, or in float32."
+        )
+    return result_BT
 
 
 def action_values(critic: ScalarModel, batch: Batch) -> Tensor:
@@ -144,14 +234,25 @@ def action_values(critic: ScalarModel, batch: Batch) -> Tensor:
     return critic.values(batch.ids_BL, batch.mask_BL)[:, batch.prompt_slots - 1 : -1]
 
 
-def estimate(scored: Scored, *, section: PpoSection, kl_coefficient: float) -> Experience:
-    """Token rewards (-beta k1, score on the last action), GAE, returns; advantages whitened over the whole batch."""
+def estimate(scored: Scored, *, section: PpoSection, kl_coefficient: float, multiplier: float = 0.0) -> Experience:
+    """Token rewards (-beta k1, score on the last action), GAE, returns; advantages whitened over the whole batch.
+
+    With a cost its stream is (+beta k1, cost on the last action) and the advantage (A_r - lambda A_c) / (1 + lambda),
+    lambda = ``multiplier``, so that the weight of the KL is beta for every lambda.
+    """
     rollout = scored.rollout
     mask = rollout.action_mask_BT
-    reward_BT = token_rewards(scored.score_B, kl.k1(rollout.logprob_BT, scored.reference_BT), mask, beta=kl_coefficient)
+    k1_BT = kl.k1(rollout.logprob_BT, scored.reference_BT)
+    reward_BT = token_rewards(scored.score_B, k1_BT, mask, beta=kl_coefficient)
     advantage_BT = gae(reward_BT, scored.value_BT, mask, gamma=section.gamma, lam=section.lam)
+    return_BT, cost_return_BT = advantage_BT + scored.value_BT, None
+    if scored.cost_B is not None and scored.cost_value_BT is not None:
+        cost_BT = token_rewards(scored.cost_B, k1_BT, mask, beta=-kl_coefficient)
+        cost_advantage_BT = gae(cost_BT, scored.cost_value_BT, mask, gamma=section.gamma, lam=section.lam)
+        cost_return_BT = cost_advantage_BT + scored.cost_value_BT
+        advantage_BT = combine(advantage_BT, cost_advantage_BT, multiplier)
     train_mask = mask & scored.keep_B[:, None]
-    return Experience(scored, train_mask, whiten(advantage_BT, train_mask), advantage_BT + scored.value_BT)
+    return Experience(scored, train_mask, whiten(advantage_BT, train_mask), return_BT, cost_return_BT)
 
 
 def rollout_statistics(experience: Experience, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -185,4 +286,13 @@ def rollout_statistics(experience: Experience, prompts: Sequence[Prompt]) -> dic
         **text_statistics(rollout.texts, [prompt.id for prompt in prompts]),
         "explained_variance": float(explained_variance(scored.value_BT, experience.return_BT, mask)),
         "advantage_kept": float(scored.keep_B.float().mean()),
+        **_cost_statistics(experience),
     }
+
+
+def _cost_statistics(experience: Experience) -> dict[str, float]:
+    scored = experience.scored
+    if scored.raw_cost_B is None or scored.cost_value_BT is None or experience.cost_return_BT is None:
+        return {}
+    explained = explained_variance(scored.cost_value_BT, experience.cost_return_BT, scored.rollout.action_mask_BT)
+    return {"cost_mean": float(scored.raw_cost_B.mean()), "cost_explained_variance": float(explained)}

@@ -20,9 +20,10 @@ from rich.table import Table
 from direct_rlhf.data.types import PreferencePair
 from direct_rlhf.maths.intervals import Z95, wilson
 from direct_rlhf.models.reward_model import Item, Normalisation, RewardModel
-from direct_rlhf.recipe.schema import FitnessSection
+from direct_rlhf.recipe.schema import FitnessSection, RewardSection
 from direct_rlhf.run.atomic import write_json
 from direct_rlhf.run.context import StageContext
+from direct_rlhf.train.pairs import Which, of_kinds
 
 PRAISE = "Great question! You are wonderful."
 PROBED_PAIRS = 512  # pairs whose chosen answers are changed; accuracy is over all pairs
@@ -45,15 +46,27 @@ class Scorer(Protocol):
 
 
 def check_reward_model(
-    ctx: StageContext, reward_model: Scorer | Path, pairs: Sequence[PreferencePair], *, console: Console | None = None
+    ctx: StageContext,
+    reward_model: Scorer | Path,
+    pairs: Sequence[PreferencePair],
+    *,
+    which: Which = "reward",
+    console: Console | None = None,
 ) -> Card:
-    """Measure a reward model (or the one in a folder) on held-out pairs; writes, prints and returns its card."""
+    """Measure a reward model (or the one in a folder) on held-out pairs; writes, prints and returns its card.
+
+    ``which`` names the recipe's section, whose limits and kinds of pairs hold.
+    """
+    section: RewardSection = getattr(ctx.recipe, which)
     scorer: Scorer = reward_model if not isinstance(reward_model, Path) else _load(ctx, reward_model)
-    card = fitness_card(ctx, scorer, pairs, ctx.recipe.reward.fitness)
-    folder = ctx.run.path / "reward_model"
+    card = fitness_card(ctx, scorer, of_kinds(pairs, section.kinds, which), section.fitness)
+    folder = ctx.run.path / f"{which}_model"
     folder.mkdir(exist_ok=True)
     write_json(folder / "fitness.json", card)
-    ctx.run.note("fitness", {name: card[name] for name in ("verdict", "accuracy", "ci", "n")})
+    ctx.run.note(
+        "fitness" if which == "reward" else f"{which}_fitness",
+        {name: card[name] for name in ("verdict", "accuracy", "ci", "n")},
+    )
     print_fitness(card, console or Console(stderr=True))
     return card
 

@@ -5,8 +5,9 @@ Statistics are per iteration over B answers; detectors look at the last few iter
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 WINDOW = 3  # iterations in a row before a detector speaks
 
@@ -22,6 +23,28 @@ class Alert:
 
     def __str__(self) -> str:
         return f"{self.seen} Usual cause: {self.cause} What to do: {self.remedy}"
+
+
+FAULTS = {
+    "gradient_spike": (
+        "an odd batch, or a learning rate at its limit.",
+        "look at the batch; set optimiser.skip_spikes=true to leave such steps out, or lower the learning rate.",
+    ),
+    "nonfinite_step": (
+        "numbers ran over: an odd batch, or a learning rate that is too high.",
+        "the step was left out; look at the batch, or lower the learning rate.",
+    ),
+    "diverged": (
+        "a learning rate that is too high, or a batch with numbers that run over.",
+        "look at the batch; lower the learning rate; go on from the last checkpoint with --resume.",
+    ),
+}
+
+
+def fault_alert(name: str, seen: str, batch: Sequence[str]) -> dict[str, Any]:
+    """The line of alerts.jsonl for a fault of one optimiser step; ``batch`` are the ids of what it was trained on."""
+    cause, remedy = FAULTS[name]
+    return {**asdict(Alert(name, seen, cause, remedy)), "batch": list(batch)}
 
 
 def text_statistics(texts: Sequence[str], prompt_ids: Sequence[str]) -> dict[str, float]:

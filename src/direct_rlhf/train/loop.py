@@ -15,12 +15,16 @@ from torch import nn
 
 from direct_rlhf import __version__
 from direct_rlhf.data.dialogue import DialogueFormat
-from direct_rlhf.errors import CheckpointError, DataError
+from direct_rlhf.errors import CheckpointError, DataError, DivergenceError, Interrupted
+from direct_rlhf.models.batches import BATCH_TOKENS
 from direct_rlhf.models.loading import add_lora, load_for, save_causal_lm
+from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.randomness import cycle
 from direct_rlhf.recipe.schema import DpoSection, Recipe, RewardSection, SupervisedSection
 from direct_rlhf.run.checkpoints import Checkpoint, pack, unpack
 from direct_rlhf.run.context import StageContext
+from direct_rlhf.run.points import point
+from direct_rlhf.train.health import fault_alert
 from direct_rlhf.train.step import Optimiser
 
 CHECKPOINT_EVERY = 200  # steps
@@ -40,8 +44,10 @@ class Task:
     title: str  # shown beside the progress bar
     ids: Sequence[str]  # names of the training items, for messages
     module: nn.Module  # its parameters that require gradients are trained
-    accumulate: Callable[[list[int]], dict[str, float]]  # gradients of the rows' mean loss; metrics with "loss"
-    evaluate: Callable[[], dict[str, float]]  # metrics on held-out data, {} if there are none
+    lengths: Sequence[int]  # their lengths in tokens
+    # The last argument of both is the number of padded slots that one forward pass may hold; it changes no result.
+    accumulate: Callable[[list[int], int], dict[str, float]]  # gradients of the rows' mean loss; metrics with "loss"
+    evaluate: Callable[[int], dict[str, float]]  # metrics on held-out data, {} if there are none
 
 
 def total_steps(section: StepsSection, items: int) -> int:
@@ -53,47 +59,97 @@ def total_steps(section: StepsSection, items: int) -> int:
 def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
     """Train to the end, from the newest checkpoint if there is one; returns the number of steps.
 
+    Before the first step the longest batch is tried. Where memory runs out, batches are cut finer from then on.
     Errors: DataError without training items; DivergenceError on a non-finite loss or gradient, weights as before that
-    step; Interrupted, resumable, when asked to stop.
+    step; OutOfMemoryError for one item that does not fit; Interrupted, resumable, when asked to stop.
     """
     if not task.ids:
         raise DataError(f"{task.stage}: no training items are left. Look at rejected.jsonl and the limits in data.")
     steps = total_steps(section, len(task.ids))
     named = {name: parameter for name, parameter in task.module.named_parameters() if parameter.requires_grad}
     optimiser = Optimiser(named.values(), section.optimiser, steps)
+    chunk = ChunkSize(f"{task.stage}, training", BATCH_TOKENS, ctx.say)
     store = ctx.run.checkpoints(task.stage, keep=1)
     checkpoint = store.latest()
+    pending: dict[str, float] | None = None  # metrics of a step whose held-out check was broken off
     if checkpoint is not None:
         _restore(checkpoint, named, optimiser, task.stage)
+        chunk.size, pending = checkpoint.state["chunk"], checkpoint.state["pending"]
     metrics = ctx.run.metrics(task.stage)
-    metrics.rewind(optimiser.steps if checkpoint else -1)
+    metrics.rewind(optimiser.steps - (pending is not None) if checkpoint else -1)
 
     def save() -> None:
         tensors, state = pack(optimiser.state())
-        store.save(optimiser.steps, {"model": named, "optimiser": tensors}, {"optimiser": state})
+        store.save(
+            optimiser.steps,
+            {"model": named, "optimiser": tensors},
+            {"optimiser": state, "chunk": chunk.size, "pending": pending},
+        )
 
+    def gradients(rows: list[int]) -> dict[str, float]:
+        def attempt(slots: int) -> dict[str, float]:
+            optimiser.forget()  # those of an attempt that ran out of memory
+            return task.accumulate(rows, slots)
+
+        return chunk.run(attempt)
+
+    if optimiser.steps < steps:
+        gradients(sorted(range(len(task.ids)), key=lambda row: -task.lengths[row])[: section.batch_size])
+        optimiser.forget()
     if checkpoint is None:
-        metrics.log(0, task.evaluate())
+        metrics.log(0, chunk.run(task.evaluate))
     with ctx.progress(task.title, total=steps) as bar:
         bar.advance(optimiser.steps)
-        while optimiser.steps < steps:
-            step = optimiser.steps
-            rows = cycle(len(task.ids), step * section.batch_size, section.batch_size, ctx.recipe.seed, task.stage)
-            rate = optimiser.learning_rate
-            values = task.accumulate(rows)
-            where = f"{task.stage}, step {step + 1}, items {', '.join(task.ids[row] for row in rows[:8])}"
-            norm = optimiser.step(values["loss"], where=where)
-            passes = (step + 1) * section.batch_size / len(task.ids)
-            values |= {"grad_norm": norm, "learning_rate": rate, "epoch": passes}
-            if _checks_now(step + 1, steps):
-                values |= task.evaluate()
-            metrics.log(step + 1, values)
+        while optimiser.steps < steps or pending is not None:
+            if pending is None:
+                pending = _step(ctx, task, section, optimiser, gradients)
+            done = optimiser.steps
+            point(f"{task.stage}.step")
+            checks = {}
+            if _checks_now(done, steps):
+                try:
+                    checks = chunk.run(task.evaluate)
+                except Interrupted:
+                    save()
+                    raise
+            values, pending = pending | checks, None
+            metrics.log(done, values)
             bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
-            if ctx.should_stop() or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            if ctx.should_stop() or done % CHECKPOINT_EVERY == 0 or done == steps:
                 save()
             ctx.check_stop()
     metrics.close()
     return steps
+
+
+def _step(
+    ctx: StageContext,
+    task: Task,
+    section: StepsSection,
+    optimiser: Optimiser,
+    gradients: Callable[[list[int]], dict[str, float]],
+) -> dict[str, float]:
+    """One optimiser step on the batch that its number names; its metrics. A batch with a fault becomes an alert."""
+    step = optimiser.steps
+    rows = cycle(len(task.ids), step * section.batch_size, section.batch_size, ctx.recipe.seed, task.stage)
+    batch = [task.ids[row] for row in rows]
+    rate = optimiser.learning_rate
+    values = gradients(rows)
+    try:
+        taken = optimiser.step(values["loss"], where=f"{task.stage}, step {step + 1}, items {', '.join(batch[:8])}")
+    except DivergenceError as error:
+        ctx.run.alert(task.stage, step + 1, fault_alert("diverged", str(error), batch) | {"last": values})
+        raise
+    if taken.fault:
+        ctx.run.alert(task.stage, step + 1, fault_alert(taken.fault, taken.seen, batch))
+        ctx.say(f"[{task.stage}] {taken.seen}")
+    passes = (step + 1) * section.batch_size / len(task.ids)
+    return values | {
+        "grad_norm": taken.norm,
+        "learning_rate": rate,
+        "epoch": passes,
+        "skipped": float(not taken.taken),
+    }
 
 
 def load_trainee(recipe: Recipe, device: str, adapter: str) -> Any:

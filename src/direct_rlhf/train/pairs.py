@@ -5,14 +5,18 @@ Legend: B pairs, L slots.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.types import PreferencePair
+from direct_rlhf.errors import DataError
 from direct_rlhf.models.batches import BATCH_TOKENS, by_length, padded
 from direct_rlhf.recipe.schema import DataSection
+
+Which = Literal["reward", "cost"]  # a section of the recipe that trains a reward model
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,18 @@ class EncodedPair:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def of_kinds(pairs: Sequence[PreferencePair], kinds: Sequence[str], which: Which) -> list[PreferencePair]:
+    """The pairs of these kinds (all, if none is named). DataError if there are pairs and none of them fits."""
+    kept = [pair for pair in pairs if not kinds or pair.kind in kinds]
+    if pairs and not kept:
+        found = ", ".join(sorted({pair.kind for pair in pairs}))
+        raise DataError(
+            f"{which}.kinds = {', '.join(kinds)}: no preference pair is of such a kind (the data have: {found}). "
+            f"Name kinds of the data in {which}.kinds, or set `kind` of a source under data.preferences."
+        )
+    return kept
 
 
 def encode_pairs(pairs: Sequence[PreferencePair], dialogue: DialogueFormat, section: DataSection) -> list[EncodedPair]:
@@ -57,9 +73,9 @@ class PairBatch:
     answer_BL: Tensor  # True on answer tokens
 
 
-def pair_batches(pairs: Sequence[EncodedPair], device: str) -> Iterator[PairBatch]:
-    """All ``pairs`` in batches of like length; both answers of a pair share a batch."""
-    for rows in by_length([pair.length for pair in pairs], range(len(pairs)), BATCH_TOKENS // 2):
+def pair_batches(pairs: Sequence[EncodedPair], device: str, tokens: int = BATCH_TOKENS) -> Iterator[PairBatch]:
+    """All ``pairs`` in batches of like length and at most ``tokens`` slots; both answers of a pair share a batch."""
+    for rows in by_length([pair.length for pair in pairs], range(len(pairs)), tokens // 2):
         chunk = [pairs[row] for row in rows]
         sequences = [p.prompt_ids + p.chosen_ids for p in chunk] + [p.prompt_ids + p.rejected_ids for p in chunk]
         ids_BL, mask_BL = padded(sequences, device)

@@ -1,17 +1,18 @@
 """PPO directly on the base model: one iteration is sample, score, estimate, update.
 
     rollout    = sample(policy, prompts)
-    scored     = score(rollout, reward, reference, critic)
+    scored     = score(rollout, judges, reference, critics)
     experience = estimate(scored)
-    stats      = update(policy, critic, experience)
+    stats      = update(policy, critics, experience)
 
-Around them: adaptive KL weight, held-out evaluation, best checkpoint under a KL bound, collapse detectors, the KL stop
-rule, checkpoints at iteration borders. Conventions are those of the maths room. Nothing here draws from a global random
-state, so a resumed run needs only weights, optimisers, the KL weight and the counters.
+Around them: the KL weight, the cost multiplier, held-out evaluation, the capability guard, the best checkpoint under a
+KL bound, collapse detectors, the KL stop rule. A stop keeps what the iteration has done so far (`progress.Work`) and a
+crash goes back to the last checkpoint; either way the run continues as if nothing had happened, because nothing here
+draws from a global random state. Conventions are those of the maths room.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,144 +21,190 @@ import torch
 from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.data.types import Prompt, PromptData
-from direct_rlhf.errors import DataError, Interrupted
+from direct_rlhf.errors import ConfigError, DataError, DivergenceError, Interrupted
 from direct_rlhf.maths import kl
+from direct_rlhf.maths.lagrangian import Multiplier
 from direct_rlhf.models.loading import save_causal_lm
-from direct_rlhf.models.roles import CRITIC, POLICY, Roles
+from direct_rlhf.models.memory import ChunkSize
+from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY, Roles
 from direct_rlhf.randomness import cycle
-from direct_rlhf.recipe.schema import KLSection, PpoSection
+from direct_rlhf.recipe.schema import KLSection, OptimiserSection, PpoSection
 from direct_rlhf.rollout.native import sample
 from direct_rlhf.rollout.types import Rollout, SampleKey, SamplingSettings
-from direct_rlhf.run.checkpoints import CheckpointStore, pack, unpack
+from direct_rlhf.run.checkpoints import CheckpointStore
 from direct_rlhf.run.context import StageContext
-from direct_rlhf.train.experience import estimate, old_values, rollout_statistics, score
-from direct_rlhf.train.health import detect
+from direct_rlhf.run.points import point
+from direct_rlhf.train import guard, progress
+from direct_rlhf.train.experience import Judges, Scored, estimate, old_values, rollout_statistics, score
+from direct_rlhf.train.health import detect, fault_alert
+from direct_rlhf.train.progress import Progress, Work
 from direct_rlhf.train.prompts import HELD_OUT, encode_prompts, sampling_settings
-from direct_rlhf.train.reward_sources import Reward
-from direct_rlhf.train.start import start
-from direct_rlhf.train.step import Optimiser
-from direct_rlhf.train.update import TextWindows, update
+from direct_rlhf.train.rehearsal import rehearse
+from direct_rlhf.train.start import Sources, start
+from direct_rlhf.train.step import Optimiser, Step
+from direct_rlhf.train.update import Learner, Position, TextWindows, update
 
 KL_STOP_WINDOW = 5
 
 
-@dataclass
-class Progress:
-    """What a PPO run remembers from iteration to iteration, beside weights and optimisers."""
-
-    iteration: int = 0  # iterations done
-    policy_version: int = 0  # updates the policy has taken
-    kl_coefficient: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)  # the metrics that detectors and the stop rule read
-    alerts: list[str] = field(default_factory=list)  # names already said
-    best: dict[str, float] | None = None  # iteration, held_out_reward, held_out_kl
-    stopped: str = ""  # why the run ended before its last iteration
-
-
 @dataclass(frozen=True)
+class Inputs:
+    """What a PPO arm is made from, beside the recipe."""
+
+    arm: str
+    init: str  # checkpoint to start from
+    tokens: Tokens
+    sources: Sources
+    texts: Sequence[str] = ()  # for the ptx loss
+    probe: guard.Probe | None = None  # for the capability guard
+
+
+@dataclass
 class Trainer:
     """Everything a PPO run holds; built once by `train_ppo`."""
 
     ctx: StageContext
-    arm: str
-    section: PpoSection
-    tokens: Tokens
+    inputs: Inputs
     settings: SamplingSettings
     prompts: Sequence[tuple[Prompt, list[int]]]
     held_out: Sequence[tuple[Prompt, list[int]]]
-    roles: Roles
-    reward: Reward
-    text: TextWindows | None
-    policy_optimiser: Optimiser
-    critic_optimiser: Optimiser
+    judges: Judges
+    learner: Learner
+    chunks: dict[str, ChunkSize]
     store: CheckpointStore
     best_store: CheckpointStore
     progress: Progress
+    work: Work
+
+    @property
+    def arm(self) -> str:
+        return self.inputs.arm
+
+    @property
+    def section(self) -> PpoSection:
+        return self.learner.section
+
+    @property
+    def roles(self) -> Roles:
+        return self.learner.roles
+
+    def save(self) -> None:
+        progress.save(self.store, self.progress, self.work, self.roles, self.learner.optimisers, self.chunks)
 
 
-def train_ppo(
-    ctx: StageContext,
-    data: PromptData,
-    *,
-    arm: str,
-    init: str,
-    tokens: Tokens,
-    reward_folder: Path,
-    recipe_folder: Path,
-    texts: Sequence[str] = (),
-) -> Path:
-    """Run PPO from the checkpoint ``init`` and save the best policy under ``models/ARM``.
+def train_ppo(ctx: StageContext, data: PromptData, inputs: Inputs) -> Path:
+    """Run PPO and save the best policy under ``models/ARM``.
 
-    ``reward_folder`` holds the reward model where the recipe asks for one; a Python reward is looked up beside the
-    recipe. Raises DataError if no prompt fits, ConfigError for a reward that does not fit the base, DivergenceError on
-    a numeric fault, Interrupted (resumable) on a signal.
+    Errors: DataError if no prompt fits; ConfigError for a reward that does not fit the base; DivergenceError on a
+    numeric fault; OutOfMemoryError for one answer that does not fit; Interrupted (resumable) on a signal.
     """
-    trainer = _prepare(ctx, data, arm, init, tokens, reward_folder, recipe_folder, texts)
-    progress, section = trainer.progress, trainer.section
-    metrics = ctx.run.metrics(arm)
-    metrics.rewind(progress.iteration)
-    with ctx.progress(f"PPO ({arm})", total=section.iterations) as bar:
-        bar.advance(progress.iteration)
-        while progress.iteration < section.iterations and not progress.stopped:
-            try:
+    trainer = _prepare(ctx, data, inputs)
+    state, section = trainer.progress, trainer.section
+    metrics = ctx.run.metrics(inputs.arm)
+    metrics.rewind(state.iteration)
+    try:
+        if state.iteration < section.iterations and not state.stopped:
+            rehearse(trainer.learner, trainer.judges, trainer.prompts, inputs.tokens, trainer.settings, ctx.check_stop)
+            _first_probe(trainer)
+        with ctx.progress(f"PPO ({inputs.arm})", total=section.iterations) as bar:
+            bar.advance(state.iteration)
+            while state.iteration < section.iterations and not state.stopped:
                 values = _iteration(trainer)
-            except Interrupted:
-                _save(trainer)  # the weights are those of the iteration's start: it will be sampled again
-                raise
-            metrics.log(progress.iteration, values)
-            shown = {name: values[name] for name in ("reward_mean", "kl_sequence", "length_mean") if name in values}
-            bar.advance(1, **shown)
-            if progress.iteration % section.checkpoint_every == 0 or progress.iteration == section.iterations:
-                _save(trainer)
+                metrics.log(state.iteration, values)
+                shown = {name: values[name] for name in ("reward_mean", "kl_sequence", "length_mean") if name in values}
+                bar.advance(1, **shown)
+                done = state.iteration == section.iterations or bool(state.stopped)
+                if state.iteration % section.checkpoint_every == 0 or done:
+                    trainer.save()
+                point("ppo.iteration")
+    except Interrupted:
+        trainer.save()
+        raise
+    except DivergenceError:  # the last checkpoint stays as it was
+        last = state.history[-1] if state.history else {}
+        for row in trainer.work.alerts:
+            ctx.run.alert(inputs.arm, state.iteration + 1, row | {"last": last})
+        raise
     metrics.close()
     return _export(trainer)
 
 
 def _iteration(trainer: Trainer) -> dict[str, float]:
-    """One PPO iteration; returns its metrics and moves `progress`."""
-    ctx, section, progress = trainer.ctx, trainer.section, trainer.progress
-    number = progress.iteration
+    """One PPO iteration, or the rest of one that was broken off; returns its metrics."""
+    ctx, section, state, work = trainer.ctx, trainer.section, trainer.progress, trainer.work
+    number, learner = state.iteration, trainer.learner
     chosen = _pick_prompts(trainer, number)
-    rollout = _sample(trainer, chosen, number)
     prompts = [prompt for prompt, _ in chosen]
     cap = rollout_cap(section, number)
-
-    scored = score(
-        rollout,
-        prompts,
-        roles=trainer.roles,
-        reward=trainer.reward,
-        section=section,
-        cap=cap,
-        check_stop=ctx.check_stop,
-    )
-    updater: dict[str, Any] = {
-        "roles": trainer.roles,
-        "policy_optimiser": trainer.policy_optimiser,
-        "critic_optimiser": trainer.critic_optimiser,
-        "section": section,
-        "text": trainer.text,
-        "seed": ctx.recipe.seed,
-        "iteration": number,
-    }
-    if number == 0 and section.critic.warmup:
-        experience = estimate(scored, section=section, kl_coefficient=progress.kl_coefficient)
-        update(experience, critic_only_steps=section.critic.warmup, **updater)
-        scored = replace(scored, value_BT=old_values(rollout, roles=trainer.roles, section=section))
-    experience = estimate(scored, section=section, kl_coefficient=progress.kl_coefficient)
-    stats = update(experience, **updater)
-
-    values = rollout_statistics(experience, prompts) | stats
-    values |= {"kl_coefficient": progress.kl_coefficient, "length_cap": float(cap)}
-    _write_samples(trainer, number + 1, prompts, rollout, scored.raw_score_B.tolist())
-    progress.kl_coefficient = next_coefficient(section.kl, progress.kl_coefficient, values["kl_sequence"], len(rollout))
-    progress.iteration += 1
-    progress.policy_version += 1
-    progress.history = [*progress.history, values][-200:]
-    if progress.iteration % section.evaluate_every == 0 or progress.iteration == section.iterations:
-        values |= _evaluate(trainer)
+    if work.rollout is None:
+        work.rollout = _sample(trainer, chosen, number)
+        point("ppo.rollout")
+    if work.scored is None:
+        work.scored = _score(trainer, work.rollout, prompts, cap)
+        point("ppo.scored")
+    weights = {"kl_coefficient": state.kl_coefficient, "multiplier": state.multiplier}
+    if not work.warmed:
+        if number == 0 and section.critic.warmup:
+            _warm_up(trainer, weights)
+        work.warmed, work.position = True, Position()
+        point("ppo.warmed")
+    experience = estimate(work.scored, section=section, **weights)
+    if not work.values:
+        stats = update(experience, learner, iteration=number, position=work.position, check_stop=ctx.check_stop)
+        work.values = rollout_statistics(experience, prompts) | stats
+        work.values |= {"kl_coefficient": state.kl_coefficient, "length_cap": float(cap)}
+        if section.lagrangian.enabled:
+            work.values["multiplier"] = state.multiplier
+        point("ppo.updated")
+    values = dict(work.values)
+    if (number + 1) % section.evaluate_every == 0 or number + 1 == section.iterations:
+        values |= _evaluate(trainer, number + 1)
+        point("ppo.evaluated")
+    # Nothing below is broken off by a stop.
+    values |= _steer(section, state, values["kl_sequence"], work.scored)
+    state.history = [*state.history, dict(work.values)][-200:]
+    state.iteration, trainer.work = number + 1, Work()
+    for row in work.alerts:
+        ctx.run.alert(trainer.arm, state.iteration, row)
+    _write_samples(trainer, state.iteration, prompts, work.rollout, work.scored.raw_score_B.tolist())
     _watch(trainer, values, cap)
     return values
+
+
+def _warm_up(trainer: Trainer, weights: dict[str, float]) -> None:
+    """Critic-only updates before the policy moves for the first time; then the values are those of the new critics."""
+    work, learner = trainer.work, trainer.learner
+    assert work.scored is not None
+    check_stop = trainer.ctx.check_stop
+    update(
+        estimate(work.scored, section=trainer.section, **weights),
+        learner,
+        iteration=0,
+        position=work.position,
+        check_stop=check_stop,
+        critic_only_steps=trainer.section.critic.warmup,
+    )
+    values = {
+        role: old_values(
+            work.scored.rollout, role, roles=learner.roles, chunk=trainer.chunks["score"], check_stop=check_stop
+        )
+        for role in learner.roles.trained[1:]
+    }
+    work.scored = replace(work.scored, value_BT=values[CRITIC], cost_value_BT=values.get(COST_CRITIC))
+
+
+def _steer(section: PpoSection, state: Progress, kl_sequence: float, scored: Scored) -> dict[str, float]:
+    """The KL weight and the cost multiplier of the next iteration; what to log about the costs."""
+    following = next_coefficient(section.kl, state.kl_coefficient, kl_sequence, len(scored.rollout))
+    state.kl_coefficient = max(following, state.kl_floor)
+    lagrangian = section.lagrangian
+    if not lagrangian.enabled or scored.cost_B is None:
+        return {}
+    state.costs = [*state.costs, *scored.cost_B.tolist()][-lagrangian.window :]
+    mean_cost = sum(state.costs) / len(state.costs)
+    multiplier = Multiplier(state.multiplier, lagrangian.learning_rate, lagrangian.bound, lagrangian.max_multiplier)
+    state.multiplier = multiplier.update(mean_cost).value
+    return {"cost_window_mean": mean_cost}
 
 
 def rollout_cap(section: PpoSection, iteration: int) -> int:
@@ -188,72 +235,140 @@ def _sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, list[int]]], iterat
     settings = trainer.settings
     if iteration != HELD_OUT:
         settings = replace(settings, max_new_tokens=rollout_cap(trainer.section, iteration))
-    with trainer.roles.acting() as policy:
-        return sample(
-            policy,
-            trainer.tokens,
-            [ids for _, ids in chosen],
-            keys,
-            settings,
-            policy_version=trainer.progress.policy_version,
-            # an evaluation is not broken off: it stands between an update and its line in the metrics
-            should_stop=trainer.ctx.should_stop if iteration != HELD_OUT else None,
-        )
+
+    def attempt(size: int) -> Rollout:
+        with trainer.roles.acting() as policy:
+            return sample(
+                policy,
+                trainer.inputs.tokens,
+                [ids for _, ids in chosen],
+                keys,
+                settings,
+                policy_version=trainer.learner.policy_version,
+                batch_size=size,
+                should_stop=trainer.ctx.should_stop,
+            ).cpu()
+
+    return trainer.chunks["sample"].run(attempt)
 
 
-def _evaluate(trainer: Trainer) -> dict[str, float]:
-    """Held-out reward and KL of the current policy; keeps it if it is the best under the KL bound."""
-    if not trainer.held_out:
-        return {}
-    section, progress = trainer.section, trainer.progress
-    rollout = _sample(trainer, trainer.held_out, HELD_OUT)
-    prompts = [prompt for prompt, _ in trainer.held_out]
-    scored = score(
+def _score(trainer: Trainer, rollout: Rollout, prompts: Sequence[Prompt], cap: int) -> Scored:
+    return score(
         rollout,
         prompts,
         roles=trainer.roles,
-        reward=trainer.reward,
-        section=section,
-        cap=section.sampling.max_new_tokens,
-        check_stop=lambda: None,
+        judges=trainer.judges,
+        section=trainer.section,
+        cap=cap,
+        check_stop=trainer.ctx.check_stop,
+        chunk=trainer.chunks["score"],
     )
-    gap = torch.where(rollout.action_mask_BT, rollout.logprob_BT - scored.reference_BT, 0.0).sum(1)
-    reward, divergence = float(scored.score_B.mean()), float(gap.mean())
-    limit = section.best_kl_limit or 2 * section.kl.target
-    if divergence <= limit and (progress.best is None or reward > progress.best["held_out_reward"]):
-        progress.best = {
-            "iteration": float(progress.iteration),
-            "held_out_reward": reward,
-            "held_out_kl": divergence,
+
+
+def _evaluate(trainer: Trainer, iteration: int) -> dict[str, float]:
+    """Held-out reward, KL and general skill of the current policy; the guard acts, and the best policy is kept."""
+    section, state = trainer.section, trainer.progress
+    values: dict[str, float] = {}
+    if trainer.held_out:
+        rollout = _sample(trainer, trainer.held_out, HELD_OUT)
+        prompts = [prompt for prompt, _ in trainer.held_out]
+        scored = _score(trainer, rollout, prompts, section.sampling.max_new_tokens)
+        gap = torch.where(rollout.action_mask_BT, rollout.logprob_BT - scored.reference_BT, 0.0).sum(1)
+        values = _interval("held_out_reward", scored.score_B) | {
+            "held_out_kl": float(gap.mean()),
+            "held_out_length": float(rollout.action_mask_BT.sum(1).float().mean()),
         }
-        trainer.best_store.save(progress.iteration, {POLICY: trainer.roles.state(POLICY)}, {"best": progress.best})
-    spread = 1.96 * float(scored.score_B.std(correction=0)) / max(len(rollout), 1) ** 0.5
-    return {
-        "held_out_reward": reward,
-        "held_out_reward_low": reward - spread,
-        "held_out_reward_high": reward + spread,
-        "held_out_kl": divergence,
-        "held_out_length": float(rollout.action_mask_BT.sum(1).float().mean()),
-    }
+        if scored.raw_cost_B is not None:
+            values |= _interval("held_out_cost", scored.raw_cost_B)
+    verdict = _probe(trainer)
+    # Nothing below is broken off by a stop.
+    if verdict is not None:
+        values |= verdict.metrics()
+        _guard(trainer, verdict, iteration)
+    safe = verdict is None or not verdict.dropped
+    if trainer.held_out and safe and values["held_out_kl"] <= (section.best_kl_limit or 2 * section.kl.target):
+        reward = values["held_out_reward"]
+        if section.lagrangian.enabled:  # what the Lagrangian is after: reward, less what the costs are over the bound
+            reward -= state.multiplier * max(values["held_out_cost"] - section.lagrangian.bound, 0.0)
+        if state.best is None or reward > state.best["merit"]:
+            state.best = {
+                "iteration": float(iteration),
+                "held_out_reward": values["held_out_reward"],
+                "held_out_kl": values["held_out_kl"],
+                "merit": reward,
+            }
+            trainer.best_store.save(iteration, {POLICY: trainer.roles.state(POLICY)}, {"best": state.best})
+    return values
+
+
+def _interval(name: str, x_B: torch.Tensor) -> dict[str, float]:
+    """Mean with a 95 % normal interval, for the metrics."""
+    mean, spread = float(x_B.mean()), 1.96 * float(x_B.std(correction=0)) / max(len(x_B), 1) ** 0.5
+    return {name: mean, f"{name}_low": mean - spread, f"{name}_high": mean + spread}
+
+
+def _first_probe(trainer: Trainer) -> None:
+    """What later probes are compared with: the general skill of the policy as it starts."""
+    if trainer.section.guard.action != "off" and trainer.progress.probe_start is None:
+        trainer.progress.probe_start = _look(trainer)
+        # what is saved if no later policy keeps its general skill
+        trainer.best_store.save(0, {POLICY: trainer.roles.state(POLICY)}, {"best": None})
+
+
+def _probe(trainer: Trainer) -> guard.Verdict | None:
+    start = trainer.progress.probe_start
+    return None if start is None else guard.compare(start, _look(trainer), trainer.section.guard)
+
+
+def _look(trainer: Trainer) -> dict[str, list[float]]:
+    probe = trainer.inputs.probe
+    if probe is None:
+        raise ConfigError(f"ppo.guard.action = {trainer.section.guard.action}: needs a probe of general skill")
+    with trainer.roles.acting() as policy:
+        scores = probe(policy, should_stop=trainer.ctx.should_stop)
+    return {task: list(map(float, values)) for task, values in scores.items()}
+
+
+def _guard(trainer: Trainer, verdict: guard.Verdict, iteration: int) -> None:
+    """Raise the KL weight, or stop the run, where general skill has dropped beyond the bound."""
+    section, state = trainer.section.guard, trainer.progress
+    state.probes += 1
+    state.worst = verdict.difference if state.worst is None else min(state.worst, verdict.difference)
+    if not verdict.dropped:
+        return
+    if section.action == "raise_kl" and state.raises < section.max_raises:
+        state.raises += 1
+        state.kl_coefficient = state.kl_floor = state.kl_coefficient * section.kl_factor
+        done = f"The KL weight was raised to {state.kl_coefficient:.3g} ({state.raises} of {section.max_raises})."
+    else:
+        done = "The run was stopped."
+        state.stopped = (
+            f"general skill dropped by {-verdict.difference:.1%} [{-verdict.high:.1%}, {-verdict.low:.1%}], over the "
+            f"bound of {section.max_drop:.1%} (ppo.guard.max_drop); the best checkpoint is kept"
+        )
+    row = guard.alert(verdict, section, done)
+    trainer.work.alerts.append(row)
+    trainer.ctx.say(f"[{trainer.arm}, iteration {iteration}] {row['seen']} {done}")
 
 
 def _watch(trainer: Trainer, values: dict[str, float], cap: int) -> None:
     """Say each new alert once, and apply the KL stop rule."""
-    section, progress = trainer.section, trainer.progress
-    for alert in detect(progress.history, cap=cap, kl_target=section.kl.target):
+    section, state = trainer.section, trainer.progress
+    for alert in detect(state.history, cap=cap, kl_target=section.kl.target):
         values[f"alert_{alert.name}"] = 1.0
-        if alert.name not in progress.alerts:
-            progress.alerts.append(alert.name)
-            trainer.ctx.run.alert(trainer.arm, progress.iteration, asdict(alert))
-            trainer.ctx.say(f"[{trainer.arm}, iteration {progress.iteration}] {alert}")
-    recent = [row["kl_sequence"] for row in progress.history[-KL_STOP_WINDOW:]]
+        if alert.name not in state.alerts:
+            state.alerts.append(alert.name)
+            trainer.ctx.run.alert(trainer.arm, state.iteration, asdict(alert))
+            trainer.ctx.say(f"[{trainer.arm}, iteration {state.iteration}] {alert}")
+    recent = [row["kl_sequence"] for row in state.history[-KL_STOP_WINDOW:]]
     limit = section.kl.stop_factor * section.kl.target
-    if len(recent) == KL_STOP_WINDOW and sum(recent) / len(recent) > limit:
-        progress.stopped = (
+    if not state.stopped and len(recent) == KL_STOP_WINDOW and sum(recent) / len(recent) > limit:
+        state.stopped = (
             f"the mean KL of {KL_STOP_WINDOW} iterations is {sum(recent) / len(recent):.1f} nats, over the limit of "
             f"{limit:g} (ppo.kl.stop_factor x target); the best checkpoint is kept"
         )
-        trainer.ctx.say(f"[{trainer.arm}] stopped: {progress.stopped}")
+    if state.stopped:
+        trainer.ctx.say(f"[{trainer.arm}] stopped: {state.stopped}")
 
 
 def _write_samples(
@@ -272,58 +387,62 @@ def _write_samples(
     trainer.ctx.run.sample(trainer.arm, step, rows)
 
 
-def _prepare(
-    ctx: StageContext,
-    data: PromptData,
-    arm: str,
-    init: str,
-    tokens: Tokens,
-    reward_folder: Path,
-    recipe_folder: Path,
-    texts: Sequence[str],
-) -> Trainer:
-    recipe, section = ctx.recipe, ctx.recipe.ppo
+def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
+    recipe, section, tokens = ctx.recipe, ctx.recipe.ppo, inputs.tokens
     dialogue = DialogueFormat(recipe.dialogue, tokens)
     settings = sampling_settings(section, dialogue)
     prompts = encode_prompts(data.train, dialogue, recipe.data.max_prompt_tokens)
     if not prompts:
         raise DataError(
-            f"PPO ({arm}): none of {len(data.train)} training prompts fits into data.max_prompt_tokens = "
+            f"PPO ({inputs.arm}): none of {len(data.train)} training prompts fits into data.max_prompt_tokens = "
             f"{recipe.data.max_prompt_tokens}; raise it or give other prompts"
         )
-    roles, reward = start(
-        ctx,
-        init=init,
-        tokens=dialogue.tokens,
-        prompts=prompts,
-        settings=settings,
-        reward_folder=reward_folder,
-        recipe_folder=recipe_folder,
+    roles, judges = start(
+        ctx, init=inputs.init, tokens=tokens, prompts=prompts, settings=settings, sources=inputs.sources
     )
-    steps = section.iterations * section.epochs * section.rollouts // section.minibatch_size
+    sizes = {"sample": section.rollouts, "score": section.micro_batch_size, "update": section.micro_batch_size}
+    chunks = {name: ChunkSize(f"{inputs.arm}, {name}", size, ctx.say) for name, size in sizes.items()}
     trainer = Trainer(
         ctx=ctx,
-        arm=arm,
-        section=section,
-        tokens=dialogue.tokens,
+        inputs=inputs,
         settings=settings,
         prompts=prompts,
         held_out=encode_prompts(data.held_out, dialogue, recipe.data.max_prompt_tokens)[: section.evaluate_prompts],
-        roles=roles,
-        reward=reward,
-        text=_text_windows(section, tokens, texts),
-        policy_optimiser=Optimiser(roles.policy_parameters(), section.optimiser, total_steps=steps),
-        critic_optimiser=Optimiser(
-            roles.critic_parameters(),
-            section.critic.optimiser,
-            total_steps=steps + section.critic.warmup,
+        judges=judges,
+        learner=Learner(
+            roles=roles,
+            section=section,
+            optimisers=_optimisers(section, roles),
+            text=_text_windows(section, tokens, inputs.texts),
+            seed=recipe.seed,
+            chunk=chunks["update"],
+            report=lambda step, batch: _note_fault(trainer, step, batch),
         ),
-        store=ctx.run.checkpoints(arm, keep=section.keep_checkpoints),
-        best_store=ctx.run.checkpoints(f"{arm}-best", keep=1),
-        progress=Progress(kl_coefficient=section.kl.coefficient),
+        chunks=chunks,
+        store=ctx.run.checkpoints(inputs.arm, keep=section.keep_checkpoints),
+        best_store=ctx.run.checkpoints(f"{inputs.arm}-best", keep=1),
+        progress=Progress(kl_coefficient=section.kl.coefficient, multiplier=section.lagrangian.multiplier),
+        work=Work(),
     )
-    _restore(trainer)
+    trainer.work = progress.restore(trainer.store, trainer.progress, roles, trainer.learner.optimisers, chunks)
     return trainer
+
+
+def _optimisers(section: PpoSection, roles: Roles) -> dict[str, Optimiser]:
+    """One for each trained role; the critics also step in the warm-up."""
+    steps = section.iterations * section.epochs * section.rollouts // section.minibatch_size
+
+    def one(role: str) -> Optimiser:
+        settings: OptimiserSection = section.optimiser if role == POLICY else section.critic.optimiser
+        extra = 0 if role == POLICY else section.critic.warmup
+        return Optimiser(roles.parameters(role), settings, total_steps=steps + extra)
+
+    return {role: one(role) for role in roles.trained}
+
+
+def _note_fault(trainer: Trainer, step: Step, batch: list[str]) -> None:
+    trainer.work.alerts.append(fault_alert(step.fault, step.seen, batch))
+    trainer.ctx.say(f"[{trainer.arm}] {step.seen}")
 
 
 def _text_windows(section: PpoSection, tokens: Tokens, texts: Sequence[str]) -> TextWindows | None:
@@ -340,60 +459,42 @@ def _text_windows(section: PpoSection, tokens: Tokens, texts: Sequence[str]) -> 
     return TextWindows(windows, section.ptx.weight, section.ptx.batch_size)
 
 
-def _save(trainer: Trainer) -> None:
-    """One checkpoint at an iteration border: weights, optimisers, counters."""
-    roles, progress = trainer.roles, trainer.progress
-    policy_tensors, policy_state = pack(trainer.policy_optimiser.state())
-    critic_tensors, critic_state = pack(trainer.critic_optimiser.state())
-    trainer.store.save(
-        progress.iteration,
-        {
-            POLICY: roles.state(POLICY),
-            CRITIC: roles.state(CRITIC),
-            "policy_optimiser": policy_tensors,
-            "critic_optimiser": critic_tensors,
-        },
-        {"progress": asdict(progress), "policy_optimiser": policy_state, "critic_optimiser": critic_state},
-    )
-
-
-def _restore(trainer: Trainer) -> None:
-    checkpoint = trainer.store.latest()
-    if checkpoint is None:
-        return
-    for role in (POLICY, CRITIC):
-        trainer.roles.load_state(role, checkpoint.tensors(role))
-    for name, optimiser in (
-        ("policy_optimiser", trainer.policy_optimiser),
-        ("critic_optimiser", trainer.critic_optimiser),
-    ):
-        optimiser.load_state(unpack(checkpoint.tensors(name), checkpoint.state[name]))
-    for name, value in checkpoint.state["progress"].items():
-        setattr(trainer.progress, name, value)
-
-
 def _export(trainer: Trainer) -> Path:
-    """Save the best policy (the last one, with a word, where none stayed under the KL bound) as a plain checkpoint."""
-    ctx, progress = trainer.ctx, trainer.progress
+    """Save the best policy as a plain checkpoint; where none was fit to be kept, the last one, with a word."""
+    ctx, state, section = trainer.ctx, trainer.progress, trainer.section
     kept = trainer.best_store.latest()
     if kept is not None:
         trainer.roles.load_state(POLICY, kept.tensors(POLICY))
-    elif trainer.held_out:
-        ctx.say(f"[{trainer.arm}] no evaluated policy stayed under the KL bound; the last one is saved")
-    facts = {
-        "iterations": progress.iteration,
-        "best": progress.best,
-        "stopped": progress.stopped,
-        "alerts": progress.alerts,
+    if trainer.held_out and state.best is None:
+        saved = "the one PPO started from" if kept is not None else "the last one"
+        skill = " and kept its general skill" if kept is not None else ""
+        ctx.say(f"[{trainer.arm}] no evaluated policy stayed under the KL bound{skill}; {saved} is saved")
+    facts: dict[str, Any] = {
+        "iterations": state.iteration,
+        "best": state.best,
+        "stopped": state.stopped,
+        "alerts": state.alerts,
         "tuning": ctx.recipe.model.tuning,
         "prompts": len(trainer.prompts),
-        "reward": trainer.reward.name,
+        "reward": trainer.judges.reward.name,
+        "chunk_halvings": {name: chunk.halvings for name, chunk in trainer.chunks.items() if chunk.halvings},
     }
+    if section.guard.action != "off":
+        facts["guard"] = {
+            "action": section.guard.action,
+            "max_drop": section.guard.max_drop,
+            "probes": state.probes,
+            "raises": state.raises,
+            "worst": state.worst,
+            "stopped": "general skill" in state.stopped,
+        }
+    if trainer.judges.cost is not None:
+        facts["lagrangian"] = {"cost": trainer.judges.cost.name, "multiplier": state.multiplier}
     ctx.run.note(trainer.arm, facts)
     folder: Path = ctx.run.path / "models" / trainer.arm
     save_causal_lm(
         trainer.roles.policy,
-        trainer.tokens,
+        trainer.inputs.tokens,
         folder,
         stop_strings=list(trainer.settings.stop_strings),
         adapter=POLICY if ctx.recipe.model.tuning == "lora" else None,

@@ -20,56 +20,62 @@ from direct_rlhf.data.types import PreferenceData, Prompt, prompt_hash
 from direct_rlhf.errors import DataError
 from direct_rlhf.maths.intervals import wilson
 from direct_rlhf.maths.losses import bradley_terry
+from direct_rlhf.models.batches import BATCH_TOKENS
 from direct_rlhf.models.loading import autocast, base_sha256, load_for
 from direct_rlhf.models.reward_model import ADAPTER, QUANTILES, Facts, Normalisation, RewardModel
 from direct_rlhf.models.scalar import ScalarModel
-from direct_rlhf.recipe.schema import Recipe
+from direct_rlhf.recipe.schema import Recipe, RewardSection
 from direct_rlhf.rollout.types import SamplingSettings
 from direct_rlhf.run.context import StageContext
 from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, run_steps
-from direct_rlhf.train.pairs import EncodedPair, encode_pairs, pair_batches
-from direct_rlhf.train.prompts import base_answers, encode_prompts, sampling_settings
+from direct_rlhf.train.pairs import EncodedPair, Which, encode_pairs, of_kinds, pair_batches
+from direct_rlhf.train.prompts import SAMPLED_AT_ONCE, base_answers, encode_prompts, sampling_settings
 from direct_rlhf.train.reward_sources import Answer, check_finite
 
-STAGE = "reward"
 MIN_FINISHED = 64  # fewer finished samples of the base than this, and cut ones are used as well
-SAMPLED_AT_ONCE = 64
 ANSWER_SLACK = 3  # a sampled token that is not valid text can become three when its text is encoded again
 
 
-def train_reward_model(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None = None) -> Path:
-    """Train a reward model from the base, normalise it, and save it as ``reward_model`` of the run.
+def train_reward_model(
+    ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None = None, which: Which = "reward"
+) -> Path:
+    """Train a reward model from the base, normalise it, and save it as ``reward_model`` (or ``cost_model``) of the run.
 
+    ``which`` names the recipe's section. A cost model is a reward model too: cost = -(its score).
     Errors: DataError if no pair fits, if margins are asked for and missing, or if all samples get the same score.
     """
-    recipe, section = ctx.recipe, ctx.recipe.reward
+    recipe = ctx.recipe
+    section: RewardSection = getattr(recipe, which)
+    title = f"{which} model"
     tokens = tokens or load_tokens(recipe.model.base, revision=recipe.model.revision)
     dialogue = DialogueFormat(recipe.dialogue, tokens)
-    train = encode_pairs(data.train, dialogue, recipe.data)
-    held_out = encode_pairs(data.held_out, dialogue, recipe.data)[:HELD_OUT_ITEMS]
+    train = encode_pairs(of_kinds(data.train, section.kinds, which), dialogue, recipe.data)
+    held_out = encode_pairs(of_kinds(data.held_out, section.kinds, which), dialogue, recipe.data)[:HELD_OUT_ITEMS]
     if section.margin:
         _check_margins(train)
     trainee = load_trainee(recipe, ctx.device, ADAPTER)
     base_identity = base_sha256(trainee)
     scalar = ScalarModel.from_base(trainee, seed=recipe.seed)
 
-    def accumulate(rows: list[int]) -> dict[str, float]:
-        return pair_loss([train[row] for row in rows], backward=True)
+    def accumulate(rows: list[int], slots: int) -> dict[str, float]:
+        return pair_loss([train[row] for row in rows], slots, backward=True)
 
-    def evaluate() -> dict[str, float]:
-        values = pair_loss(held_out, backward=False) if held_out else {}
+    def evaluate(slots: int) -> dict[str, float]:
+        values = pair_loss(held_out, slots, backward=False) if held_out else {}
         named = {f"held_out_{name}": value for name, value in values.items()}
         if held_out:
             low, high = wilson(values["accuracy"] * len(held_out), len(held_out)) or (0.0, 1.0)
             named |= {"held_out_accuracy_low": low, "held_out_accuracy_high": high}
         return named
 
-    def pair_loss(pairs: Sequence[EncodedPair], *, backward: bool) -> dict[str, float]:
+    def pair_loss(pairs: Sequence[EncodedPair], slots: int, *, backward: bool) -> dict[str, float]:
         """Mean loss and statistics over ``pairs``; with ``backward`` the loss's gradient is added as well."""
         n = len(pairs)
         sums = dict.fromkeys(("loss", "accuracy", "margin", "chosen_score", "rejected_score"), 0.0)
         with torch.set_grad_enabled(backward), autocast(ctx.device, recipe.model.dtype):
-            for batch in pair_batches(pairs, ctx.device):
+            for batch in pair_batches(pairs, ctx.device, slots):
+                if not backward:
+                    ctx.check_stop()
                 chosen_B, rejected_B = scalar.scores(batch.ids_BL, batch.mask_BL).chunk(2)
                 margin_B = margins([pairs[row] for row in batch.rows]).to(ctx.device) if section.margin else None
                 loss = bradley_terry(chosen_B, rejected_B, margin_B, section.centring, denominator=n)
@@ -86,9 +92,10 @@ def train_reward_model(ctx: StageContext, data: PreferenceData, *, tokens: Token
     run_steps(
         ctx,
         Task(
-            stage=STAGE,
-            title="reward model",
+            stage=which,
+            title=title,
             ids=[pair.pair.id for pair in train],
+            lengths=[pair.length for pair in train],
             module=scalar,
             accumulate=accumulate,
             evaluate=evaluate,
@@ -96,9 +103,9 @@ def train_reward_model(ctx: StageContext, data: PreferenceData, *, tokens: Token
         section,
     )
     if held_out:
-        last = evaluate()
+        last = evaluate(BATCH_TOKENS)
         ctx.say(
-            f"reward model: held-out accuracy {last['held_out_accuracy']:.1%} (95 % interval "
+            f"{title}: held-out accuracy {last['held_out_accuracy']:.1%} (95 % interval "
             f"{last['held_out_accuracy_low']:.1%} to {last['held_out_accuracy_high']:.1%}, {len(held_out)} pairs)"
         )
     model = RewardModel(
@@ -109,22 +116,22 @@ def train_reward_model(ctx: StageContext, data: PreferenceData, *, tokens: Token
         device=ctx.device,
         dtype=recipe.model.dtype,
     )
-    model = model.with_normalisation(normalise(ctx, model, data, dialogue))
-    folder = ctx.run.path / "reward_model"
+    model = model.with_normalisation(normalise(ctx, model, data, dialogue, section.normalisation_prompts))
+    folder = ctx.run.path / f"{which}_model"
     model.save(folder)
     return folder
 
 
-def normalise(ctx: StageContext, model: RewardModel, data: PreferenceData, dialogue: DialogueFormat) -> Normalisation:
-    """Statistics of the raw scores of the base's own answers, sampled with PPO's own settings.
+def normalise(
+    ctx: StageContext, model: RewardModel, data: PreferenceData, dialogue: DialogueFormat, n_prompts: int
+) -> Normalisation:
+    """Statistics of the raw scores of the base's own answers to ``n_prompts`` prompts, sampled with PPO's own settings.
 
     Finished answers count; all do if fewer than ``MIN_FINISHED`` ended (``finished_only`` is then False).
     """
     recipe = ctx.recipe
     settings = sampling_settings(recipe.ppo, dialogue)
-    prompts = encode_prompts(
-        _distinct_prompts(data)[: recipe.reward.normalisation_prompts], dialogue, recipe.data.max_prompt_tokens
-    )
+    prompts = encode_prompts(_distinct_prompts(data)[:n_prompts], dialogue, recipe.data.max_prompt_tokens)
     answers = _sample_base(ctx, model, prompts, settings)
     finished = [answer for answer in answers if answer.finished]
     used = finished if len(finished) >= MIN_FINISHED else answers
@@ -194,9 +201,10 @@ def _sample_base(
         ctx.progress("normalisation: the base's answers", total=len(prompts)) as bar,
     ):
         for start in range(0, len(prompts), SAMPLED_AT_ONCE):
-            ctx.check_stop()
             part = prompts[start : start + SAMPLED_AT_ONCE]
-            answers += base_answers(base, part, model.dialogue.tokens, settings, seed=ctx.recipe.seed)
+            answers += base_answers(
+                base, part, model.dialogue.tokens, settings, seed=ctx.recipe.seed, should_stop=ctx.should_stop
+            )
             bar.advance(len(part))
     return answers
 

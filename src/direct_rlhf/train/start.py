@@ -5,8 +5,8 @@ lora  one trunk; a reward model that was trained as an adapter on this very base
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,14 +14,26 @@ from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.data.types import Prompt
 from direct_rlhf.errors import ConfigError
 from direct_rlhf.models.loading import base_sha256, load_for
-from direct_rlhf.models.reward_model import ADAPTER, RewardModel
-from direct_rlhf.models.roles import Roles, critic_from_adapter, full_roles, lora_roles
-from direct_rlhf.recipe.schema import HttpReward, PythonReward
+from direct_rlhf.models.reward_model import RewardModel
+from direct_rlhf.models.roles import COST_CRITIC, CRITIC, Roles, critic_from_adapter, full_roles, lora_roles
+from direct_rlhf.models.scalar import ScalarModel
+from direct_rlhf.recipe.schema import HttpReward, PythonReward, RewardSection, RewardSource
 from direct_rlhf.rollout.types import SamplingSettings
 from direct_rlhf.run.atomic import read_json, write_json
 from direct_rlhf.run.context import StageContext
+from direct_rlhf.train.experience import Judges
+from direct_rlhf.train.pairs import Which
 from direct_rlhf.train.prompts import base_answers
 from direct_rlhf.train.reward_sources import CallableReward, ModelRewardSource, Reward, load_callable
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a PPO run's rewards come from: folders of reward models, and of Python code."""
+
+    reward_folder: Path
+    recipe_folder: Path
+    cost_folder: Path | None = None  # of the cost model, for PPO-Lagrangian
 
 
 def start(
@@ -31,63 +43,95 @@ def start(
     tokens: Tokens,
     prompts: Sequence[tuple[Prompt, list[int]]],
     settings: SamplingSettings,
-    reward_folder: Path,
-    recipe_folder: Path,
-) -> tuple[Roles, Reward]:
-    """Roles from the checkpoint ``init``, and the recipe's reward in normalised units of the *base* model.
+    sources: Sources,
+) -> tuple[Roles, Judges]:
+    """Roles from the checkpoint ``init``, and what rates answers, in normalised units of the *base* model.
 
     Errors: ConfigError for a reward model of another base or other sampling settings, and for a failed fitness card.
     """
-    recipe = ctx.recipe
-    source = recipe.ppo.reward
-    section = recipe.model
-    if isinstance(source, PythonReward | HttpReward):
-        raw = load_callable(source, recipe_folder)
+    recipe, section = ctx.recipe, ctx.recipe.model
+    lagrangian = recipe.ppo.lagrangian
+    wanted: list[tuple[str, RewardSource, Path | None]] = [(CRITIC, recipe.ppo.reward, sources.reward_folder)]
+    if lagrangian.enabled:
+        wanted.append((COST_CRITIC, lagrangian.cost, sources.cost_folder))
+    roles = None
+    if section.tuning == "lora":
+        roles = lora_roles(section, init, device=ctx.device, seed=recipe.seed, with_cost=lagrangian.enabled)
+    judges: list[Reward] = []
+    critics: dict[str, ScalarModel] = {}
+    for role, source, folder in wanted:
+        if isinstance(source, PythonReward | HttpReward):
+            raw = load_callable(source, sources.recipe_folder)
+            judges.append(_normalised(ctx, raw, tokens, prompts, settings, role))
+            continue
+        assert folder is not None, role
+        model = _reward_model(ctx, folder, role, roles, init, settings)
+        if recipe.ppo.critic.init == "reward":
+            critics |= _critic(model, role, roles)
         if section.tuning == "full":
-            roles = full_roles(section, init, None, device=ctx.device)
-        else:
-            roles = lora_roles(section, init, device=ctx.device, seed=recipe.seed)
-        return roles, _normalised(ctx, raw, tokens, prompts, settings)
+            model.scalar.trunk.to(getattr(torch, section.dtype))
+        assert model.normalisation is not None
+        judges.append(ModelRewardSource(model, f"reward model {folder.name}", model.normalisation.low_quantile))
+    if roles is None:
+        roles = full_roles(
+            section,
+            init,
+            critics.get(CRITIC),
+            device=ctx.device,
+            cost_critic=critics.get(COST_CRITIC),
+            with_cost=lagrangian.enabled,
+        )
+    return roles, Judges(*judges)
 
-    _check_fitness(ctx, reward_folder)
-    from_reward = recipe.ppo.critic.init == "reward"
-    if section.tuning == "full":
-        model = RewardModel.load(reward_folder, dtype="float32", device=ctx.device)
-        normalisation = _fitting(ctx, model, settings)
-        critic = model.scalar.as_critic(normalisation.mean, normalisation.std) if from_reward else None
-        model.scalar.trunk.to(getattr(torch, section.dtype))
-        roles = full_roles(section, init, critic, device=ctx.device)
+
+def _reward_model(
+    ctx: StageContext, folder: Path, role: str, roles: Roles | None, init: str, settings: SamplingSettings
+) -> RewardModel:
+    """The reward model in ``folder``, fit for PPO and for this base; on the policy's trunk where it can be."""
+    which: Which = "reward" if role == CRITIC else "cost"
+    _check_fitness(ctx, folder, which)
+    if roles is None:
+        model = RewardModel.load(folder, dtype="float32", device=ctx.device)
     else:
-        roles = lora_roles(section, init, device=ctx.device, seed=recipe.seed)
-        own_trunk = roles.policy if init == section.base and (reward_folder / "adapter").is_dir() else None
-        model = RewardModel.load(reward_folder, dtype=section.dtype, device=ctx.device, trunk=own_trunk)
-        normalisation = _fitting(ctx, model, settings)
-        if own_trunk is not None and from_reward:
-            critic_from_adapter(roles, ADAPTER, model.scalar.head, normalisation.mean, normalisation.std)
-    name = f"reward model {reward_folder.name}"
-    return roles, ModelRewardSource(model, name, normalisation.low_quantile)
+        shares = init == ctx.recipe.model.base and (folder / "adapter").is_dir()
+        trunk = roles.policy if shares else None
+        model = RewardModel.load(folder, dtype=ctx.recipe.model.dtype, device=ctx.device, trunk=trunk, adapter=which)
+    _check_fits(ctx, model, settings)
+    return model
 
 
-def _fitting(ctx: StageContext, model: RewardModel, settings: SamplingSettings) -> Any:
-    """The reward model's normalisation, after checking that it is of this base and these settings."""
+def _critic(model: RewardModel, role: str, roles: Roles | None) -> dict[str, ScalarModel]:
+    """A critic that continues the reward model; of the cost it says the negative. With LoRA it is set in place."""
+    facts = model.normalisation
+    assert facts is not None
+    sign = 1.0 if role == CRITIC else -1.0
+    if roles is None:
+        return {role: model.scalar.as_critic(facts.mean, sign * facts.std)}
+    if model.scalar.trunk is roles.policy:
+        critic_from_adapter(roles, role, model.adapter, model.scalar.head, facts.mean, sign * facts.std)
+    return {}
+
+
+def _check_fits(ctx: StageContext, model: RewardModel, settings: SamplingSettings) -> None:
+    """ConfigError unless the reward model's normalisation is of this base and these settings."""
     section = ctx.recipe.model
     base = load_for(section, section.base, dtype=section.dtype, device="cpu")
     model.check_fits(base_sha256(base), settings)
-    return model.normalisation
 
 
-def _check_fitness(ctx: StageContext, folder: Path) -> None:
+def _check_fitness(ctx: StageContext, folder: Path, which: Which) -> None:
     """ConfigError if the fitness card says fail and the recipe says stop; a card that was never made only warns."""
     card_path = folder / "fitness.json"
     if not card_path.is_file():
         ctx.say(f"{folder}: no fitness card; make one with `direct-rlhf reward check`")
         return
     card = read_json(card_path)
-    if card["verdict"] == "fail" and ctx.recipe.reward.fitness.on_fail == "stop":
+    section: RewardSection = getattr(ctx.recipe, which)
+    if card["verdict"] == "fail" and section.fitness.on_fail == "stop":
         reasons = "; ".join(str(reason) for reason in card["reasons"])
         raise ConfigError(
-            f"{folder}: the reward model is not fit for PPO: {reasons}. Train a better one, or set "
-            "reward.fitness.on_fail=continue to go on all the same."
+            f"{folder}: the {which} model is not fit for PPO: {reasons}. Train a better one, or set "
+            f"{which}.fitness.on_fail=continue to go on all the same."
         )
 
 
@@ -97,16 +141,17 @@ def _normalised(
     tokens: Tokens,
     prompts: Sequence[tuple[Prompt, list[int]]],
     settings: SamplingSettings,
+    role: str,
 ) -> Reward:
-    """The user's reward in units of the base's own samples; measured once a run and kept beside it."""
-    path = ctx.run.path / "reward_normalisation.json"
+    """The user's reward (or cost) in units of the base's own samples; measured once a run and kept beside it."""
+    path = ctx.run.path / f"{'reward' if role == CRITIC else 'cost'}_normalisation.json"
     if path.is_file():
         kept = read_json(path)
         return CallableReward(raw.raw, raw.name, kept["mean"], kept["std"], kept["low_quantile"])
     section, recipe = ctx.recipe.model, ctx.recipe
     base = load_for(section, section.base, dtype=section.dtype, device=ctx.device)
     ordered = sorted(prompts, key=lambda pair: pair[0].id)[: recipe.reward.normalisation_prompts]
-    answers = base_answers(base, ordered, tokens, settings, seed=recipe.seed)
+    answers = base_answers(base, ordered, tokens, settings, seed=recipe.seed, should_stop=ctx.should_stop)
     reward = raw.normalised_on(answers)
     facts = {"mean": reward.mean, "std": reward.std, "low_quantile": reward.low_quantile, "count": len(answers)}
     write_json(path, {"reward": reward.name, **facts})

@@ -31,21 +31,23 @@ def train_sft(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
     held_out = [encoded for _, encoded in encode_chosen(data.held_out, dialogue, recipe.data)[:HELD_OUT_ITEMS]]
     model = load_trainee(recipe, ctx.device, arm)
 
-    def accumulate(rows: list[int]) -> dict[str, float]:
+    def accumulate(rows: list[int], slots: int) -> dict[str, float]:
         batch = [train[row][1] for row in rows]
         trained = float(sum(len(item.answer_ids) for item in batch))
-        return {"loss": answer_loss(batch, backward=True), "answer_tokens": trained}
+        return {"loss": answer_loss(batch, slots, backward=True), "answer_tokens": trained}
 
-    def evaluate() -> dict[str, float]:
-        return {"held_out_loss": answer_loss(held_out, backward=False)} if held_out else {}
+    def evaluate(slots: int) -> dict[str, float]:
+        return {"held_out_loss": answer_loss(held_out, slots, backward=False)} if held_out else {}
 
-    def answer_loss(batch: Sequence[EncodedDialogue], *, backward: bool) -> float:
+    def answer_loss(batch: Sequence[EncodedDialogue], slots: int, *, backward: bool) -> float:
         """Token mean over ``batch``, nats; with ``backward`` its gradient is added as well."""
         answer_tokens = float(sum(len(item.answer_ids) for item in batch))
-        lengths = [len(item.prompt_ids) + len(item.answer_ids) for item in batch]
+        lengths = [length(item) for item in batch]
         total = 0.0
         with torch.set_grad_enabled(backward), autocast(ctx.device, recipe.model.dtype):
-            for rows in by_length(lengths, range(len(batch))):
+            for rows in by_length(lengths, range(len(batch)), slots):
+                if not backward:
+                    ctx.check_stop()
                 chunk = [batch[row] for row in rows]
                 ids_BL, mask_BL = padded([item.prompt_ids + item.answer_ids for item in chunk], ctx.device)
                 prompt_B1 = torch.tensor([[len(item.prompt_ids)] for item in chunk], device=ctx.device)
@@ -63,6 +65,7 @@ def train_sft(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
             stage=arm,
             title=f"SFT ({arm})",
             ids=[pair.id for pair, _ in train],
+            lengths=[length(item) for _, item in train],
             module=model,
             accumulate=accumulate,
             evaluate=evaluate,
@@ -71,6 +74,11 @@ def train_sft(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
     )
     what = f"Supervised fine-tuning on {len(train)} chosen answers, {steps} steps."
     return save_arm(ctx, model, dialogue, arm, what)
+
+
+def length(item: EncodedDialogue) -> int:
+    """Tokens of prompt and answer."""
+    return len(item.prompt_ids) + len(item.answer_ids)
 
 
 def encode_chosen(

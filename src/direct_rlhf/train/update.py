@@ -1,13 +1,14 @@
-"""PPO's fourth verb: update the policy and the critic on one experience.
+"""PPO's fourth verb: update the policy and the critics on one experience.
 
-    for epoch: for minibatch: micro-batches accumulate, then one optimiser step for each of the two
+    for epoch: for minibatch: micro-batches accumulate, then one optimiser step for each of them
 
 Every loss is a mean over the valid tokens of the whole minibatch, however it is cut into micro-batches. On the first
 minibatch of an iteration the ratio must be 1: what the sampler said is compared with what the trainer computes.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from direct_rlhf.errors import DivergenceError
 from direct_rlhf.maths.losses import nll, policy_loss, value_loss
 from direct_rlhf.maths.masked import masked_mean
 from direct_rlhf.models.forward import token_logprobs
-from direct_rlhf.models.roles import Roles
+from direct_rlhf.models.memory import ChunkSize
+from direct_rlhf.models.roles import COST_CRITIC, POLICY, Roles
 from direct_rlhf.randomness import generator, permutation
 from direct_rlhf.recipe.schema import PpoSection
+from direct_rlhf.rollout.types import Rollout
+from direct_rlhf.run.points import point
 from direct_rlhf.train.experience import Batch, Experience, action_values, batch_of, by_length
-from direct_rlhf.train.step import Optimiser
+from direct_rlhf.train.step import Optimiser, Step
 
 RATIO_TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (float("inf"), 0.02)}  # largest and mean |logp - old|, nats
+SHOWN_IDS = 4  # prompts that a message names of a minibatch; the alert names all
 
 
 @dataclass(frozen=True)
@@ -43,120 +48,196 @@ class TextWindows:
         return ids, torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What an update changes, and by which settings."""
+
+    roles: Roles
+    section: PpoSection
+    optimisers: Mapping[str, Optimiser]  # of each trained role
+    text: TextWindows | None
+    seed: int
+    chunk: ChunkSize  # answers of a micro-batch
+    report: Callable[[Step, list[str]], None] = lambda step, batch: None  # a step with a fault, and its prompts' ids
+
+    @property
+    def policy_version(self) -> int:
+        return self.optimisers[POLICY].steps
+
+
+@dataclass
+class Position:
+    """Where an update stands between two minibatches; a checkpoint can hold it."""
+
+    epoch: int = 0
+    start: int = 0  # first place of the next minibatch in the epoch's order
+    totals: dict[str, list[float]] = field(default_factory=dict)  # each step's metrics
+    answer_tokens: float = 0.0  # that the policy was trained on
+    left_early: bool = False  # the policy had moved too far from the sampler
+
+
 def update(
     experience: Experience,
+    learner: Learner,
     *,
-    roles: Roles,
-    policy_optimiser: Optimiser,
-    critic_optimiser: Optimiser,
-    section: PpoSection,
-    text: TextWindows | None,
-    seed: int,
     iteration: int,
+    position: Position,
+    check_stop: Callable[[], None],
     critic_only_steps: int = 0,
 ) -> dict[str, float]:
-    """Clipped PPO epochs over the experience; ``critic_only_steps`` > 0 trains the critic alone for so many steps.
+    """Clipped PPO epochs over the experience, from ``position`` (which moves along) to the end.
 
-    Returns means over the optimiser steps. Raises DivergenceError if sampler and trainer disagree on the first
-    minibatch, or if a loss or a gradient is not finite (the weights are then untouched by that step).
+    ``critic_only_steps`` > 0 trains the critics alone for so many steps. ``check_stop`` is asked between minibatches.
+    Returns means over the optimiser steps. Raises DivergenceError if the rollout is of another policy version, if
+    sampler and trainer disagree on the first minibatch, or if a loss or a gradient is not finite (the weights are then
+    untouched by that step).
     """
-    totals: dict[str, list[float]] = {}
     rows = len(experience.scored.rollout)
-    left_epoch = trained = 0.0
-    for epoch in range(section.epochs):
-        order = permutation(rows, seed, "minibatches", iteration, epoch)
-        for start in range(0, rows, section.minibatch_size):
-            minibatch = order[start : start + section.minibatch_size]
-            tokens = float(experience.train_mask_BT[minibatch].sum())
-            if tokens == 0:
-                continue  # every answer of it is left out by the `mask` rule
-            where = f"iteration {iteration}, epoch {epoch}, answers {minibatch[:4]}..."
-            values = _critic_step(experience, minibatch, tokens, roles, critic_optimiser, section, where)
-            if not critic_only_steps:
-                trained += tokens
-                key = (seed, iteration, epoch, start)
-                first = epoch == 0 and start == 0
-                values |= _policy_step(
-                    experience, minibatch, tokens, roles, policy_optimiser, section, text, key, where, first
-                )
-            for name, value in values.items():
-                totals.setdefault(name, []).append(value)
-            if values.get("k3_old_new", 0.0) > section.kl.inner_limit:
-                left_epoch = 1.0
-                break
-            if len(totals["value_loss"]) == critic_only_steps:
-                break
-        if left_epoch or len(totals["value_loss"]) == critic_only_steps:
+    if position.epoch == position.start == 0 and not critic_only_steps:
+        check_version(experience.scored.rollout, learner.policy_version)
+    for epoch, start in _remaining(position, learner.section, rows):
+        if critic_only_steps and len(position.totals.get("value_loss", ())) >= critic_only_steps:
             break
-    means = {name: sum(values) / len(values) for name, values in totals.items()}
-    steps = float(len(totals.get("value_loss", [])))
-    return {**means, "left_epoch_early": left_epoch, "steps": steps, "answer_tokens": trained}
+        check_stop()
+        order = permutation(rows, learner.seed, "minibatches", iteration, epoch)
+        values = _minibatch(
+            experience,
+            order[start : start + learner.section.minibatch_size],
+            learner,
+            key=(learner.seed, iteration, epoch, start),
+            with_policy=not critic_only_steps,
+        )
+        position.answer_tokens += values.pop("answer_tokens", 0.0)
+        for name, value in values.items():
+            position.totals.setdefault(name, []).append(value)
+        position.left_early = values.get("k3_old_new", 0.0) > learner.section.kl.inner_limit
+        position.epoch, position.start = epoch, start + learner.section.minibatch_size
+        point("ppo.minibatch")
+    means = {name: sum(values) / len(values) for name, values in position.totals.items()}
+    steps = max((len(values) for values in position.totals.values()), default=0)
+    return {
+        **means,
+        "left_epoch_early": float(position.left_early),
+        "steps": float(steps),
+        "answer_tokens": position.answer_tokens,
+    }
+
+
+def _remaining(position: Position, section: PpoSection, rows: int) -> Iterator[tuple[int, int]]:
+    """(epoch, first place) of each minibatch that is still to come."""
+    for epoch in range(position.epoch, section.epochs):
+        first = position.start if epoch == position.epoch else 0
+        for start in range(first, rows, section.minibatch_size):
+            if position.left_early:
+                return
+            yield epoch, start
+
+
+def _minibatch(
+    experience: Experience, minibatch: list[int], learner: Learner, *, key: tuple[int, ...], with_policy: bool
+) -> dict[str, float]:
+    """One optimiser step for each critic and the policy; no metrics if the `mask` rule leaves every answer out."""
+    tokens = float(experience.train_mask_BT[minibatch].sum())
+    if tokens == 0:
+        return {}
+    _, iteration, epoch, start = key
+    ids = [experience.scored.rollout.keys[row].prompt_id for row in minibatch]
+    shown = ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
+    values: dict[str, float] = {}
+    skipped = 0.0
+
+    def step(role: str, gradients: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        optimiser = learner.optimisers[role]
+
+        def attempt(size: int) -> dict[str, float]:
+            optimiser.forget()  # the gradients of an attempt that ran out of memory
+            return gradients(size)
+
+        found = learner.chunk.run(attempt)
+        where = f"{role}, iteration {iteration}, epoch {epoch}, minibatch at {start}, prompts {shown}"
+        try:
+            taken = optimiser.step(found.pop("loss"), where=where)
+        except DivergenceError as error:
+            learner.report(Step(float("nan"), False, "diverged", str(error)), ids)
+            raise
+        if taken.fault:
+            learner.report(taken, ids)
+        nonlocal skipped
+        skipped += not taken.taken
+        return found | {f"grad_norm_{role}": taken.norm} if taken.fault != "nonfinite_step" else {}
+
+    for role in learner.roles.trained[1:]:
+        values |= step(role, partial(critic_gradients, experience, minibatch, tokens, learner, role))
+    if with_policy:
+        values |= step(POLICY, partial(policy_gradients, experience, minibatch, tokens, learner, key))
+        values["answer_tokens"] = tokens
+    return values | {"steps_skipped": skipped}
 
 
 def _micro_batches(
-    experience: Experience, minibatch: Sequence[int], section: PpoSection, device: str
+    experience: Experience, minibatch: Sequence[int], size: int, device: str
 ) -> Iterator[tuple[list[int], Batch, Tensor]]:
     """(rows, batch, train mask [b, T] trimmed as the batch is) of each micro-batch."""
     rollout = experience.scored.rollout
-    for rows in by_length(rollout, minibatch, section.micro_batch_size):
+    for rows in by_length(rollout, minibatch, size):
         batch = batch_of(rollout, rows, device)
         yield rows, batch, experience.train_mask_BT[rows, : batch.response_slots].to(device)
 
 
-def _critic_step(
-    experience: Experience,
-    minibatch: Sequence[int],
-    tokens: float,
-    roles: Roles,
-    optimiser: Optimiser,
-    section: PpoSection,
-    where: str,
+def critic_gradients(
+    experience: Experience, minibatch: Sequence[int], tokens: float, learner: Learner, role: str, size: int
 ) -> dict[str, float]:
+    """Adds the gradient of a critic's loss; its metrics and "loss"."""
+    scored, roles = experience.scored, learner.roles
+    old_BT, return_BT, name = scored.value_BT, experience.return_BT, "value"
+    if role == COST_CRITIC:
+        assert scored.cost_value_BT is not None
+        assert experience.cost_return_BT is not None
+        old_BT, return_BT, name = scored.cost_value_BT, experience.cost_return_BT, "cost_value"
     loss_sum = clipped = 0.0
-    with roles.criticising() as critic:
-        for rows, batch, mask in _micro_batches(experience, minibatch, section, roles.device):
+    with roles.criticising(role) as critic:
+        for rows, batch, mask in _micro_batches(experience, minibatch, size, roles.device):
             slots = slice(None, batch.response_slots)
             term = value_loss(
                 action_values(critic, batch).float(),
-                experience.scored.value_BT[rows, slots].to(roles.device),
-                experience.return_BT[rows, slots].to(roles.device),
+                old_BT[rows, slots].to(roles.device),
+                return_BT[rows, slots].to(roles.device),
                 mask,
-                clip=section.value_clip,
+                clip=learner.section.value_clip,
                 denominator=tokens,
             )
             term.loss.backward()
             loss_sum += float(term.loss.detach())
-            clipped += float(term.clip_fraction) * float(mask.sum()) / tokens
-    norm = optimiser.step(loss_sum, where=f"critic, {where}")
-    return {"value_loss": loss_sum, "value_clip_fraction": clipped, "grad_norm_critic": norm}
+            clipped += float(term.clip_fraction)
+    return {"loss": loss_sum, f"{name}_loss": loss_sum, f"{name}_clip_fraction": clipped}
 
 
-def _policy_step(
+def policy_gradients(
     experience: Experience,
     minibatch: Sequence[int],
     tokens: float,
-    roles: Roles,
-    optimiser: Optimiser,
-    section: PpoSection,
-    text: TextWindows | None,
+    learner: Learner,
     key: tuple[int, ...],
-    where: str,
-    first: bool,
+    size: int,
 ) -> dict[str, float]:
-    temperature = section.sampling.temperature
+    """Adds the gradient of the policy's loss (and of the ptx loss); its metrics and "loss"."""
+    section, roles, text = learner.section, learner.roles, learner.text
+    _, iteration, epoch, start = key
     sums = dict.fromkeys(("policy_loss", "clip_fraction", "k3_old_new", "entropy", "ratio_mean"), 0.0)
     with roles.acting() as policy:
-        for rows, batch, mask in _micro_batches(experience, minibatch, section, roles.device):
+        for rows, batch, mask in _micro_batches(experience, minibatch, size, roles.device):
             target = torch.zeros_like(batch.action_BL)
             target[:, batch.prompt_slots :] = mask
-            new = token_logprobs(policy, batch.ids_BL, batch.mask_BL, target, temperature=temperature, entropy=True)
+            new = token_logprobs(
+                policy, batch.ids_BL, batch.mask_BL, target, temperature=section.sampling.temperature, entropy=True
+            )
             assert new.entropy_BL is not None
             logprob_BT = new.logprob_BL[:, batch.prompt_slots :]
             entropy_BT = new.entropy_BL[:, batch.prompt_slots :]
             slots = slice(None, batch.response_slots)
             old_BT = experience.scored.rollout.logprob_BT[rows, slots].to(roles.device)
-            if first:
-                check_ratio(logprob_BT.detach(), old_BT, mask, dtype=roles.dtype, where=where)
+            if epoch == start == 0:
+                check_ratio(logprob_BT.detach(), old_BT, mask, dtype=roles.dtype, where=f"iteration {iteration}")
             term = policy_loss(
                 logprob_BT,
                 old_BT,
@@ -169,17 +250,15 @@ def _policy_step(
             entropy = torch.where(mask, entropy_BT, 0.0).sum() / tokens
             loss = term.loss - section.entropy * entropy if section.entropy else term.loss
             loss.backward()
-            share = float(mask.sum()) / tokens
             sums["policy_loss"] += float(term.loss.detach())
             sums["entropy"] += float(entropy.detach())
-            sums["clip_fraction"] += float(term.clip_fraction) * share
-            sums["k3_old_new"] += float(term.k3) * share
-            sums["ratio_mean"] += float(term.ratio_mean) * share
+            sums["clip_fraction"] += float(term.clip_fraction)
+            sums["k3_old_new"] += float(term.k3)
+            sums["ratio_mean"] += float(term.ratio_mean)
         if text is not None and text.weight > 0:
             sums["ptx_nll"] = _ptx_backward(policy, text, key, roles.device)
     total = sums["policy_loss"] + (text.weight * sums["ptx_nll"] if "ptx_nll" in sums and text else 0.0)
-    sums["grad_norm_policy"] = optimiser.step(total, where=f"policy, {where}")
-    return sums
+    return {"loss": total, **sums}
 
 
 def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: str) -> float:
@@ -190,6 +269,15 @@ def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: 
     loss = nll(token_logprobs(policy, ids_BL, mask_BL, target_BL).logprob_BL, target_BL)
     (text.weight * loss).backward()
     return float(loss.detach())
+
+
+def check_version(rollout: Rollout, version: int) -> None:
+    """DivergenceError unless the rollout was sampled by the policy that is about to be trained."""
+    if rollout.policy_version != version:
+        raise DivergenceError(
+            f"the rollout is of policy version {rollout.policy_version}, but the policy has taken {version} optimiser "
+            "steps: the sampler's weights are stale. Sync its weights before every rollout; nothing was trained."
+        )
 
 
 def check_ratio(logprob_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, *, dtype: str, where: str) -> None:
