@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -22,6 +23,23 @@ def arguments(description: str | None, **extra: Any) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a small version; its figures are not recorded")
     parser.add_argument("--record", action="store_true", help="append what was measured to RESULTS.md")
     return parser
+
+
+def run_recipe(recipe: str, name: str, root: Path, *overrides: str, only: str | None = None) -> Path:
+    """One run of a recipe in a process of its own; its directory."""
+    command = [sys.executable, "-m", "direct_rlhf", "run", recipe, "--root", str(root), f"name={name}", *overrides]
+    subprocess.run([*command, *(["--only", only] if only else [])], check=True, stdout=sys.stderr)
+    return root / name
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; none if it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def span(values: Sequence[float]) -> str:
+    """``+0.123 [+0.100, +0.150]``, for (value, low, high)."""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
 
 
 def versions(*more: str) -> dict[str, str]:

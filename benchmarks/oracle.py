@@ -232,6 +232,36 @@ def train(
     return Trained(policy_SA, value_KS.detach(), controller, multiplier, seen[0], seen[-1])
 
 
+def measure(problem: Problem, result: Trained) -> dict[str, float]:
+    """The result against the closed form at the weight, and the multiplier, that it ended with."""
+    beta, policy_SA = result.controller.coefficient, result.policy_SA
+    solved = replace(problem, cost_SA=None)
+    measured: dict[str, float] = {}
+    value_S = result.value_KS[0]
+    if result.multiplier is not None and problem.cost_SA is not None:
+        weight = result.multiplier.value
+        solved = problem.weighed(weight)
+        value_S = (result.value_KS[0] - weight * result.value_KS[1]) / (1 + weight)
+        measured["multiplier"] = weight
+        measured["cost"] = problem.mean(policy_SA, problem.cost_SA)
+    best_SA, best_value_S = solved.optimum(beta)
+    return measured | {
+        "beta": beta,
+        "distance": distance(policy_SA, best_SA),
+        "value_error": (value_S - best_value_S).abs().max().item(),
+        "kl": problem.kl(policy_SA),
+        "reward": problem.mean(policy_SA, problem.reward_SA),
+        "best_reward": problem.mean(best_SA, problem.reward_SA),
+        **_spread("first", result.first_advantages),
+        **_spread("last", result.last_advantages),
+    }
+
+
+def _spread(name: str, advantages: Tensor) -> dict[str, float]:
+    rms = advantages.square().mean().sqrt().item()
+    return {f"{name}_largest_advantage": advantages.abs().max().item(), f"{name}_rms_advantage": rms}
+
+
 def balanced_multiplier(problem: Problem, beta: float, bound: float) -> float:
     """The multiplier at whose optimum the mean cost equals ``bound``, by bisection of its logarithm."""
     assert problem.cost_SA is not None

@@ -5,14 +5,12 @@ seed; nothing is tuned per seed.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments, finish
+from common import arguments, finish, run_recipe, span
 
 GOALS = {
     "seconds": "<= 360",
@@ -27,9 +25,8 @@ HEADER = ["seed", "arm", "conversation", "difference", "general", "difference", 
 def run_once(seed: int, root: Path, overrides: list[str]) -> dict[str, Any]:
     """One run; its results.json and its wall time in seconds."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "direct_rlhf", "run", "quickstart", "--root", str(root), f"name=seed-{seed}"]
-    subprocess.run([*command, f"seed={seed}", *overrides], check=True, stdout=sys.stderr)
-    results: dict[str, Any] = json.loads((root / f"seed-{seed}" / "results.json").read_text())
+    path = run_recipe("quickstart", f"seed-{seed}", root, f"seed={seed}", *overrides)
+    results: dict[str, Any] = json.loads((path / "results.json").read_text())
     return results | {"wall": time.monotonic() - start}
 
 
@@ -76,10 +73,7 @@ def main() -> None:
                 summary = summarise(results, arm)
                 measured[f"{arm}_{seed}"] = summary | {"seconds": results["wall"]}
                 arrow = [f"{a:.3f} → {b:.3f}" for a, b in (summary[k] for k in ("conversation", "general", "toxic"))]
-                spans = [
-                    "{:+.3f} [{:+.3f}, {:+.3f}]".format(*summary[k])
-                    for k in ("conversation_difference", "general_difference")
-                ]
+                spans = [span(summary[k]) for k in ("conversation_difference", "general_difference")]
                 refusals = [f"{summary[k][0]:.2f} → {summary[k][1]:.2f}" for k in ("refusal", "over_refusal")]
                 table.append([str(seed), arm, arrow[0], spans[0], arrow[1], spans[1], arrow[2], *refusals])
             held = held and holds(summarise(results, "direct_ppo")) and results["wall"] <= 360

@@ -28,7 +28,7 @@ import safetensors.torch
 
 from direct_rlhf.run import points
 
-Fault = Literal["crash", "short", "full"]
+Fault = Literal["crash", "short", "full", "filling"]
 CRASH_CODE = 137  # as if SIGKILL had ended the process
 
 
@@ -111,12 +111,13 @@ def every_crash_point(run: Callable[[str], object], *, hits: Literal["first", "a
 class FaultyFS:
     """Counts the calls that change the disk, and fails call number ``at`` (from 0; None: none of them).
 
-    crash: raises Crash instead of the call. short: writes half, then crashes. full: OSError(ENOSPC), once.
+    crash: raises Crash instead of the call. short: writes half, then crashes. full: OSError(ENOSPC), once. filling:
+    the same, after half has been written.
     After a crash every further call crashes too, so that no clean-up reaches the disk. ``crash`` may be replaced, for
     instance by ``os._exit`` in a child process.
     """
 
-    NAMES = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
+    NAMES = ("open", "write", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
 
     def __init__(self, at: int | None = None, fault: Fault = "crash", crash: Callable[[], Any] | None = None) -> None:
         self.at, self.fault, self.calls, self.dead = at, fault, 0, False
@@ -145,10 +146,10 @@ class FaultyFS:
                 raise Crash(name)
             if number != self.at:
                 return call(*args, **options)
-            if self.fault == "full":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self.fault == "short":
+            if self.fault in ("short", "filling"):
                 self._half(name, call, args)
+            if self.fault in ("full", "filling"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.dead = True
             if self._crash is not None:
                 self._crash()
@@ -204,7 +205,8 @@ def run_cli(
     ``signal_at``: (when, signal, times). When: a text that stdout or stderr has printed, a file that exists, or a
     function that says so. Of several signals each waits until the one before was answered on stderr ("SIGTERM: ...").
     ``crash``: (name, hit) of a point at which the process ends at once, with CRASH_CODE and nothing cleaned up.
-    ``offline``: a connection to anything but this machine is an error.
+    ``offline``: a connection to anything but this machine, or a look-up of its name, is an error and a line "NETWORK: ..."
+    on stderr.
     Errors: AssertionError, with the output, when ``timeout`` seconds have passed, or when the moment for the signal
     never came.
     """
@@ -400,29 +402,40 @@ def _tensor_difference(one: Any, other: Any) -> str | None:
     )
 
 
-def is_local(address: Any, family: int) -> bool:
-    """Whether a socket address stays on this machine."""
-    if family == socket.AF_UNIX:
-        return True
+def is_local(host: str) -> bool:
+    """Whether a host name or address is this machine, without asking anybody."""
     try:
-        return ipaddress.ip_address(address[0]).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return bool(address[0] == "localhost")
+        return host in ("", "localhost")
 
 
 def _forbid_network() -> None:
+    """Raises where a socket is to leave this machine, and says so on stderr, since a library may swallow the error."""
     real = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex")}
+    look_up = socket.getaddrinfo
+
+    def refuse(what: object) -> None:
+        os.write(2, f"NETWORK: {what}\n".encode())
+        raise AssertionError(f"a test tried to connect to {what}")
 
     def guarded(name: str) -> Callable[[socket.socket, Any], Any]:
         def call(self: socket.socket, address: Any) -> Any:
-            if not is_local(address, self.family):
-                raise AssertionError(f"a test tried to connect to {address}")
+            if self.family != socket.AF_UNIX and not is_local(address[0]):
+                refuse(address)
             return real[name](self, address)
 
         return call
 
+    def guarded_look_up(host: Any, *rest: Any, **options: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name is not None and not is_local(name):
+            refuse(name)
+        return look_up(host, *rest, **options)
+
     for name in real:
         setattr(socket.socket, name, guarded(name))
+    socket.getaddrinfo = guarded_look_up
 
 
 def main() -> None:

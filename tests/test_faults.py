@@ -176,20 +176,46 @@ if "--crash" in sys.orig_argv:
     assert (ended.code, ended.out) == (CRASH_CODE, "after the first\n")
 
 
-def test_an_offline_process_cannot_connect_elsewhere(at_start):
-    code = """
-import atexit, socket, sys
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("socket.create_connection(('192.0.2.1', 80), timeout=1)", "192.0.2.1"),
+        ("socket.create_connection(('example.org', 80), timeout=1)", "example.org"),
+        ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 80))", "('192.0.2.1', 80)"),
+        ("socket.socket().connect_ex(('192.0.2.1', 80))", "('192.0.2.1', 80)"),
+        ("socket.socket(socket.AF_INET6).connect(('2001:db8::1', 80))", "('2001:db8::1', 80)"),
+    ],
+)
+def test_an_offline_process_cannot_connect_elsewhere_and_a_swallowed_error_still_shows(at_start, call, what):
+    code = f"""
+import socket, sys
 if "--offline" in sys.orig_argv:
     class Connects:
         def find_spec(self, name, *_):
             if name == "direct_rlhf.cli":
-                socket.create_connection(("192.0.2.1", 80), timeout=1)
+                try:
+                    {call}
+                except AssertionError as error:
+                    assert "a test tried to connect to" in str(error)
     sys.meta_path.insert(0, Connects())
 """
     ended = run_cli(["--version"], env=at_start(code), offline=True)
-    assert ended.code == 1
-    assert "a test tried to connect to ('192.0.2.1', 80)" in ended.err
-    assert run_cli(["--version"], offline=True).out.startswith("direct-rlhf ")
+    assert (ended.code, ended.err) == (0, f"NETWORK: {what}\n")
+
+
+def test_an_offline_process_may_talk_to_this_machine(at_start):
+    code = """
+import socket, sys
+if "--offline" in sys.orig_argv:
+    class Connects:
+        def find_spec(self, name, *_):
+            if name == "direct_rlhf.cli":
+                server = socket.create_server(("127.0.0.1", 0))
+                socket.create_connection(("localhost", server.getsockname()[1]), timeout=5).close()
+    sys.meta_path.insert(0, Connects())
+"""
+    ended = run_cli(["--version"], env=at_start(code), offline=True)
+    assert (ended.code, ended.err) == (0, "")
 
 
 # Equal runs

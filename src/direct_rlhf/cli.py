@@ -1,7 +1,7 @@
 """The command line: thin verbs. Each imports what it runs when it is called, so that `--help` costs nothing.
 
 Exit codes: 0 done, 1 other failure, 2 bad configuration, 3 bad data, 4 out of memory, 5 diverged, 75 interrupted and
-resumable.
+resumable: after one signal (SIGTERM or Ctrl+C) with all work kept, after a second one from the last checkpoint.
 """
 
 import sys

@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from direct_rlhf.errors import EXIT_INTERRUPTED, ConfigError, DirectRLHFError, Interrupted
+from direct_rlhf.errors import ConfigError, DirectRLHFError, Interrupted
 from direct_rlhf.recipe.load import LoadedRecipe
 from direct_rlhf.recipe.references import resolve_model, resolve_reference
 from direct_rlhf.recipe.schema import ModelReward, Recipe, TrainedReward
@@ -42,20 +42,19 @@ STAGES = (
     *("reward_model", "fitness", "cost_model", "cost_fitness", "sft", "dpo", "direct_ppo", "sft_ppo"),
     *("evaluation", "report"),
 )
-STOPPED_AT_ONCE = "stopped at once by a second signal. Go on from the last checkpoint with --resume."
 
 
 def run(loaded: LoadedRecipe, *, root: Path, resume: bool, overwrite: bool, only: str | None = None) -> Path:
     """Every stage of the recipe that is not done yet (or the one stage ``only``); returns the run directory.
 
-    Raises ConfigError for an unknown stage or an occupied directory, Interrupted (exit code 75, resumable) on a signal.
-    A signal that comes once nothing is left to break off is not obeyed: the run is done.
+    Raises ConfigError for an unknown stage or an occupied directory, Interrupted (exit code 75, resumable) on a signal:
+    after one with all work kept, after a second one with what the last checkpoint holds.
     """
     if only is not None and only not in STAGES:
         raise ConfigError(f"--only {only}: no such stage; choose one of {', '.join(STAGES)}")
     with StopFlag() as stop:
         directory = RunDirectory.open(root, loaded, resume=resume, overwrite=overwrite)
-        with _attempt(directory):
+        with _attempt(directory, stop):
             _Study(loaded, directory, stop).run(only)
     return directory.path
 
@@ -77,7 +76,7 @@ def evaluate_models(
     recipe = loaded.recipe.model_copy(update={"evaluation": evaluation, "name": f"evaluation-{names[0]}"})
     with StopFlag() as stop:
         directory = RunDirectory.open(root, loaded.with_recipe(recipe), resume=resume, overwrite=overwrite)
-        with _attempt(directory):
+        with _attempt(directory, stop):
             study = _Study(loaded.with_recipe(recipe), directory, stop)
             study.evaluate({name: str(resolve_model(model)) for name, model in zip(names, models, strict=True)})
             study.report()
@@ -95,18 +94,19 @@ def report(runs: Sequence[Path], out: Path | None = None, *, redact_samples: boo
 
 
 @contextmanager
-def _attempt(directory: RunDirectory) -> Iterator[None]:
+def _attempt(directory: RunDirectory, stop: StopFlag) -> Iterator[None]:
     """The only writer of a run; however the attempt ends, status.json says so."""
     with directory.locked():
         directory.status("running", None)
         try:
-            yield
+            with stop.at_once():
+                yield
+        except (Interrupted, KeyboardInterrupt) as error:
+            stopped = Interrupted(f"{directory.path}: stopped on request. Go on with --resume.")
+            directory.status("interrupted", stopped.exit_code, str(stopped))
+            raise stopped from error
         except DirectRLHFError as error:
-            state = "interrupted" if isinstance(error, Interrupted) else "failed"
-            directory.status(state, error.exit_code, str(error))
-            raise
-        except KeyboardInterrupt:
-            directory.status("interrupted", EXIT_INTERRUPTED, f"{directory.path}: {STOPPED_AT_ONCE}")
+            directory.status("failed", error.exit_code, str(error))
             raise
         except BaseException as error:
             directory.status("failed", 1, f"{type(error).__name__}: {error}")
@@ -151,7 +151,7 @@ class _Study:
 
     loaded: LoadedRecipe
     directory: RunDirectory
-    stop: Callable[[], bool]
+    stop: StopFlag
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -186,10 +186,11 @@ class _Study:
     # The stages, in order
 
     def data(self) -> None:
-        from direct_rlhf.data.load import write_rejected
+        from direct_rlhf.data.load import fingerprints, write_rejected
+        from direct_rlhf.evaluate.contamination import evaluation_texts, write_overlap
 
         start = time.monotonic()
-        self.directory.check_sources({"data": self.sources})
+        self.directory.check_sources(fingerprints(self.recipe.data, self.data_folder))
         facts: dict[str, Any] = {}
         rejected: list[RejectedRow] = []
         inputs: list[tuple[str, PreferenceData | PromptData]] = [("prompts", self.prompts)]
@@ -201,12 +202,21 @@ class _Study:
             if name == "preferences" or self.recipe.data.prompts:
                 rejected += found.rejected
         write_rejected(self.directory.path / "rejected.jsonl", rejected)
-        self.directory.finish_stage("data", self.sources, time.monotonic() - start, facts)
         read = sum(fact["read"] for name, fact in facts.items() if name == "preferences" or self.recipe.data.prompts)
+        asked = evaluation_texts(self.recipe, self.dialogue, self.loaded.folder)
+        rows = [row for _, found in inputs for row in found.train]
+        overlap = write_overlap(self.directory.path, rows, asked)
+        facts["overlap"] = overlap
+        self.directory.finish_stage("data", self.sources, time.monotonic() - start, facts)
         self.context.say(
             f"data: {read} rows read, {len(rejected)} not used (each with its reason in rejected.jsonl)"
             + "".join(f"; {n} {reason}" for reason, n in sorted(Counter(row.reason for row in rejected).items()))
         )
+        if overlap["rows"]:
+            self.context.say(
+                f"data: what {overlap['items']} of {overlap['compared']} evaluation items ask stands in "
+                f"{overlap['rows']} training rows too (overlap.jsonl), so their results show less"
+            )
 
     def reward_model(self) -> None:
         self._train_reward_model("reward")
@@ -297,13 +307,15 @@ class _Study:
         recipe = self.recipe
         if recipe.ppo.guard.action == "off":
             return None
+        general = recipe.evaluation.general
         return CapabilityProbe(
             self.tokens,
-            recipe.evaluation.general,
+            general.model_copy(update={"tasks": recipe.ppo.guard.tasks or general.tasks}),
             items=recipe.ppo.guard.items,
             seed=recipe.seed,
             batch_size=recipe.evaluation.batch_size,
             folder=self.loaded.folder,
+            report=self.context.say,
         )
 
     def evaluate(self, models: dict[str, str]) -> None:
@@ -426,10 +438,12 @@ class _Study:
         self.fingerprints[name] = fingerprint
         if self.directory.stage_done(name, fingerprint):
             return
-        self.context.check_stop()
-        start = time.monotonic()
-        work()
-        self.directory.finish_stage(name, fingerprint, time.monotonic() - start, {"device": self.context.device})
+        with self.stop.at_borders():
+            self.context.check_stop()
+            start = time.monotonic()
+            work()
+            self.directory.finish_stage(name, fingerprint, time.monotonic() - start, {"device": self.context.device})
+            self.context.check_stop()
 
     def _after(self, name: str) -> str:
         """Fingerprint of an earlier stage, from this attempt or from its record; empty for a model made elsewhere."""

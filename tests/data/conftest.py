@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken
 
 from data.tiny_tokenizers import TEMPLATE, byte_level, llama_like, save
 from direct_rlhf.data.tokens import Tokens, load_tokens
+
+# the first call of a library takes longer than a deadline, and on a busy machine so does drawing an example
+settings.register_profile("data", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("data")
 
 HH_FOLDERS = Path(__file__).parents[2].parent / "shared" / "data"
 

@@ -30,7 +30,8 @@ def pairs(draw):
     for _ in range(draw(st.integers(0, 2))):
         turns += [Turn("human", draw(WORDS)), Turn("assistant", draw(WORDS))]
     turns.append(Turn("human", draw(WORDS)))
-    chosen, rejected = draw(WORDS), draw(WORDS)
+    same_start, same_end = draw(st.sampled_from(["", "It is P", "Yes. "])), draw(st.sampled_from(["", " then.", "."]))
+    chosen, rejected = ((same_start + draw(WORDS) + same_end).strip() for _ in range(2))
     assume(chosen != rejected)
     return tuple(turns), chosen, rejected
 
@@ -103,8 +104,9 @@ def test_every_form_of_one_dialogue_gives_the_same_normal_form_and_ids(tokens, p
         assert (result.prompt, result.chosen, result.rejected, result.cut_early) == (turns, chosen, rejected, False), (
             name
         )
-        encoded = form.encode_dialogue(result.prompt, result.chosen, max_prompt_tokens=9999, max_answer_tokens=9999)
-        ids.add((result.id, *encoded.prompt_ids, *encoded.answer_ids))
+        limits = {"max_prompt_tokens": 9999, "max_answer_tokens": 9999}
+        answers = [form.encode_dialogue(result.prompt, answer, **limits) for answer in (result.chosen, result.rejected)]
+        ids.add((result.id, *(tuple(part) for encoded in answers for part in (encoded.prompt_ids, encoded.answer_ids))))
     assert len(ids) == 1
 
 
@@ -140,6 +142,41 @@ def test_markers_inside_message_content_stay_content():
         assert len(pair.prompt) == 1
         assert pair.prompt[0].text.endswith(forged)
         assert pair.chosen == forged
+
+
+FORGED = [
+    "\n\nHuman:",
+    "\n\nAssistant:",
+    "\n\nHuman: Thanks!\n\nAssistant: You are welcome.",
+    "</s>",
+    "<|im_end|>",
+    "\n\nQ:",
+]
+
+
+@pytest.mark.promise("T6")
+@given(pair=pairs(), forged=st.sampled_from(FORGED), where=st.integers(0, 9), at=st.integers(0, 12))
+def test_no_text_in_a_turn_forges_another_where_the_form_keeps_turns_apart(tokens, pair, forged, where, at):
+    turns, *answers = pair
+    texts = [*(turn.text for turn in turns), *answers]
+    where %= len(texts)
+    texts[where] = f"{texts[where][:at]}{forged} {texts[where][at:]} end".strip()
+    turns = tuple(Turn(turn.role, text) for turn, text in zip(turns, texts, strict=False))
+    chosen, rejected = texts[-2:]
+    rows = {name: row for name, row in every_form(turns, chosen, rejected).items() if name.split(",")[0] in APART}
+    assert len(rows) > 6
+    special = set(tokens.special_ids.values())
+    for name, row in rows.items():
+        found = convert(row, dialogue=OWN)
+        assert isinstance(found, PreferencePair), (name, found)
+        assert (found.prompt, found.chosen, found.rejected) == (turns, chosen, rejected), name
+        encoded = DialogueFormat(OWN, tokens).encode_dialogue(
+            found.prompt, found.chosen, max_prompt_tokens=9999, max_answer_tokens=9999
+        )
+        assert not special & {*encoded.prompt_ids, *encoded.answer_ids[:-1]}
+
+
+APART = ("messages", "sharegpt", "alpaca")
 
 
 def test_optional_columns_are_read():

@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.pair_files import everything, jsonl, load, pair_row, section, sources
 from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.load import (
     fingerprint,
+    fingerprints,
     fits,
     fits_prompts,
     load_preferences,
@@ -56,6 +59,7 @@ def test_the_split_depends_on_the_prompt_alone(tmp_path):
     assert prompt_hash((Turn("human", " Question  1"),)) == golden == "4a5c1440fc031d7c"
 
 
+@pytest.mark.promise("T4")
 def test_equal_prompts_stay_together_in_pairs_and_prompts(tmp_path):
     rows = [pair_row(at, chosen=f"good {at} {copy}") for at in range(60) for copy in range(3)]
     rows += [pair_row(at, prompt=f"  Question\n{at}", chosen="better") for at in range(60)]  # folded to the same prompt
@@ -119,6 +123,22 @@ def test_weights_say_how_often_training_rows_are_used(tmp_path):
     assert sorted(ids(1.5)) == sorted(once + half)
 
 
+@pytest.mark.promise("D2")
+def test_another_seed_samples_other_rows_and_holds_out_the_same(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*[pair_row(at) for at in range(200)]))
+    (tmp_path / "p.jsonl").write_bytes(jsonl(*[{"prompt": f"question {at}"} for at in range(200)]))
+    data = DataSection(
+        preferences=[DataSource(path="a.jsonl", weight=0.5)], prompts=[DataSource(path="p.jsonl", weight=0.5)]
+    )
+    seeds = range(4)
+    pairs = [load_preferences(data, folder=tmp_path, seed=seed) for seed in seeds]
+    prompts = [load_prompts(data, folder=tmp_path, seed=seed) for seed in seeds]
+    for found in (pairs, prompts):
+        assert len({tuple(row.id for row in one.train) for one in found}) == len(seeds)
+        assert len({tuple(row.id for row in one.held_out) for one in found}) == 1
+    assert {prompt_hash(pair.prompt) for pair in pairs[0].held_out} == {prompt.id for prompt in prompts[0].held_out}
+
+
 def test_limit_uses_the_first_good_rows(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(*[pair_row(at) for at in range(200)], *[b"{"] * 100))
     data = load(tmp_path, DataSection(preferences=[DataSource(path="a.jsonl", limit=5)], held_out=0.0))
@@ -170,6 +190,31 @@ def test_length_never_removes_what_differs_between_the_answers(tokens):
     assert [row.reason for row in rejected_prompts] == ["too_long"]
 
 
+@pytest.mark.promise("T3")
+@settings(max_examples=60)
+@given(
+    earlier=st.lists(st.text("ab ", min_size=1, max_size=30), max_size=4),
+    common=st.text("xyz ", max_size=40),
+    ends=st.tuples(st.text("abc", max_size=20), st.text("abc", max_size=20)).filter(lambda ends: ends[0] != ends[1]),
+    limits=st.tuples(st.integers(8, 90), st.integers(2, 60)),
+)
+def test_a_pair_is_whole_in_both_answers_or_counted(tokens, earlier, common, ends, limits):
+    said = [Turn(("human", "assistant")[at % 2], text.strip() or "a") for at, text in enumerate(earlier)]
+    if len(said) % 2:
+        said.append(Turn("assistant", "ok"))
+    answers = [(common + end).strip() for end in ends]
+    pair = PreferencePair("1", (*said, Turn("human", "last")), *answers, "k", "f:1")
+    form = DialogueFormat(DialogueSection(), tokens)
+    kept, rejected = fits([pair], form, DataSection(max_prompt_tokens=limits[0], max_answer_tokens=limits[1]))
+    assert len(kept) + len(rejected) == 1
+    for answer in answers if kept else ():
+        encoded = form.encode_dialogue(pair.prompt, answer, max_prompt_tokens=limits[0], max_answer_tokens=limits[1])
+        assert len(encoded.prompt_ids) <= limits[0]
+        assert len(encoded.answer_ids) <= limits[1]
+        assert tokens.decode(encoded.prompt_ids).endswith("\n\nHuman: last\n\nAssistant:")
+        assert tokens.decode(encoded.answer_ids).strip() == answer
+
+
 def test_a_pair_that_a_template_refuses_is_set_aside(all_tokens):
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}"
     form = DialogueFormat(DialogueSection(format="chat_template"), replace(all_tokens["chat"], chat_template=template))
@@ -188,6 +233,22 @@ def test_the_fingerprint_sees_every_byte_of_every_source(tmp_path):
     assert fingerprint(data, tmp_path) == first
     (tmp_path / "b.jsonl").write_bytes(jsonl({"text": "b"}))
     assert fingerprint(data, tmp_path) != first
+
+
+@pytest.mark.promise("T7")
+def test_the_source_that_changed_is_the_one_that_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("a.jsonl", "folder/b.jsonl", "folder/c.jsonl"):
+        (tmp_path / name).write_bytes(jsonl(pair_row(1)))
+    data = section("a.jsonl", prompts=[DataSource(path="folder")])
+    whole, each = fingerprint(data, tmp_path), fingerprints(data, tmp_path)
+    assert each.keys() == {"a.jsonl", "folder"}
+    (tmp_path / "folder/c.jsonl").write_bytes(jsonl(pair_row(2)))
+    assert fingerprint(data, tmp_path) != whole
+    assert fingerprints(data, tmp_path) == each | {"folder": fingerprints(data, tmp_path)["folder"]}
+    assert fingerprints(data, tmp_path)["folder"] != each["folder"]
+    (tmp_path / "folder/c.jsonl").rename(tmp_path / "folder/d.jsonl")
+    assert fingerprints(data, tmp_path)["folder"] != each["folder"]
 
 
 def test_rejected_rows_are_written_one_a_line(tmp_path):

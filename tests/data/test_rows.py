@@ -1,19 +1,22 @@
 import gzip
 import io
 import json
+import os
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data.pair_files import everything, jsonl, load, pair_row, section, sources
 from direct_rlhf.data import rows as rows_module
-from direct_rlhf.data.load import fingerprint, sniff
+from direct_rlhf.data.load import fingerprint, sniff, write_rejected
 from direct_rlhf.data.types import RejectedRow
 from direct_rlhf.errors import DataError
 
@@ -87,6 +90,38 @@ def test_byte_order_mark_windows_line_ends_and_blank_lines_are_no_damage(tmp_pat
     assert sources(everything(first)) == ["a.jsonl:1", "a.jsonl:3"]
 
 
+@pytest.mark.promise("T1")
+def test_every_kind_of_bad_line_in_one_file_is_listed_by_line_and_counted_by_reason(tmp_path):
+    lines = [part for at, (_, _, line) in enumerate(BAD_LINES) for part in (pair_row(at), line)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(*lines).replace(b"\n", b"\r\n"))
+    data = load(tmp_path, section("a.jsonl", max_bad_rows=0.5))
+    write_rejected(tmp_path / "rejected.jsonl", data.rejected)
+    listed = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["source"], row["reason"], row["detail"]) for row in listed] == [
+        (f"a.jsonl:{2 * at + 2}", reason, detail) for at, (reason, detail, _) in enumerate(BAD_LINES)
+    ]
+    reasons = Counter(reason for reason, _, _ in BAD_LINES)
+    assert data.counts == {"read": len(lines), "kept": len(BAD_LINES), "cut_early": 0, **reasons}
+    malformed = len(BAD_LINES) - reasons["identical"]
+    with pytest.raises(
+        DataError, match=rf"{malformed} of {len(lines)} rows .* are malformed, more than .* = 1.0%"
+    ) as caught:
+        load(tmp_path, section("a.jsonl"))
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.promise("T1")
+def test_a_file_name_that_is_no_utf8_stops_nothing(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / os.fsdecode(b"b\xff.jsonl")).write_bytes(jsonl(pair_row(1), b"{"))
+    data = load(tmp_path, section("a", max_bad_rows=0.5))
+    assert data.counts["kept"] == 1
+    assert len(fingerprint(section("a"), tmp_path)) == 64
+    write_rejected(tmp_path / "rejected.jsonl", data.rejected)
+    assert json.loads((tmp_path / "rejected.jsonl").read_text())["source"] == "a/b\udcff.jsonl:2"
+
+
 BAD_FILES = [
     ("a.jsonl", b"", "a.jsonl: holds no rows. Check that it is the right file."),
     ("a.jsonl", jsonl({"question": "a", "best": "b"}), "a.jsonl: no known row format; the first row's keys are question, best. Accepted as data.preferences are rows with prompt + chosen + rejected, chosen + rejected (transcripts or message lists), conversations + chosen + rejected, or instruction + chosen + rejected. Rename the columns, or set the source's `format`."),
@@ -94,9 +129,10 @@ BAD_FILES = [
     ("a.jsonl", b"\x89PNG\r\n\x1a\n", "a.jsonl: none of the first 2 rows can be read; a.jsonl:1: bad_encoding (not UTF-8 at column 1)."),
     ("a.jsonl", json.dumps(pair_row()).encode("utf-16"), "{folder}/a.jsonl: saved as UTF-16. Save it as UTF-8."),
     ("a.json", b'[{"prompt": "a", "chosen": "b", "rejected": "c"},\n {"prompt": ]', "{folder}/a.json: broken JSON array at line 2 (character 51): Expecting value: line 2 column 13 (char 62). Repair it, or write one row a line as JSONL, where a broken row is set aside alone."),
+    ("a.json", json.dumps([pair_row()]).encode() + b'\n[{"prompt": "a"}]', "{folder}/a.json: the JSON array ends at line 1, and 17 characters follow. Write one array, or one row a line as JSONL."),
     ("a.jsonl", jsonl({"prompt": "a", "chosen": "b", "rejected": "b"}), "a.jsonl: none of its 1 rows can be used. First: a.jsonl:1: identical (chosen and rejected are the same)."),
     ("a.parquet", b"PAR1 is not enough", "{folder}/a.parquet: no readable Parquet footer at its end (byte 18): Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file. The file is cut or damaged; fetch it again."),
-    ("a.jsonl.gz", b"no gzip at all", "{folder}/a.jsonl.gz: damaged gzip near byte 2 of 14 (after 0 bytes of text): Not a gzipped file (b'no'). Fetch or compress the file again."),
+    ("a.jsonl.gz", b"no gzip at all", "{folder}/a.jsonl.gz: damaged gzip at or before byte 2 of 14 (after 0 bytes of text): Not a gzipped file (b'no'). Fetch or compress the file again."),
 ]  # fmt: skip
 
 
@@ -113,38 +149,121 @@ def test_a_file_that_cannot_serve_is_refused_in_these_words(tmp_path, name, cont
 
 
 @pytest.mark.promise("T2")
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_gzip_file_is_named_with_its_offset(tmp_path, damage):
+def test_a_damaged_gzip_file_is_named_with_its_offset(tmp_path):
     noise = random.Random(0)
-    packed = bytearray(gzip.compress(jsonl(*[pair_row(at, note=noise.random()) for at in range(5000)])))
-    if damage == "cut":
-        packed = packed[: len(packed) // 2]
-    else:
-        packed[len(packed) // 2] ^= 0xFF
-    (tmp_path / "a.jsonl.gz").write_bytes(packed)
-    with pytest.raises(
-        DataError,
-        match=rf"a\.jsonl\.gz: damaged gzip near byte [\d,]+ of {len(packed):,} \(after [\d,]+ bytes of text\): ",
-    ):
-        load(tmp_path, section("a.jsonl.gz"))
+    packed = gzip.compress(jsonl(*[pair_row(at, note=noise.random()) for at in range(5000)]))
+
+    def offset(content):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            load(tmp_path, section("a.jsonl.gz"))
+        found = re.match(
+            rf"{tmp_path}/a\.jsonl\.gz: damaged gzip at or before byte ([\d,]+) of {len(content):,} \(after [\d,]+ bytes "
+            r"of text\): .*\. Fetch or compress the file again\.",
+            str(caught.value),
+        )
+        assert found is not None, caught.value
+        return int(found[1].replace(",", ""))
+
+    for at in (11, len(packed) // 2, len(packed) - 1):
+        assert offset(packed[:at]) == at  # a cut is where the file ends
+        flipped = bytearray(packed)
+        flipped[at] ^= 0xFF
+        assert offset(flipped) >= at
+
+
+def parquet_file(path, rows=40, **settings):
+    parquet.write_table(
+        pyarrow.Table.from_pylist([pair_row(at) for at in range(rows)]), path, row_group_size=rows // 2, **settings
+    )
+    return path.read_bytes()
 
 
 @pytest.mark.promise("T2")
 def test_a_damaged_parquet_page_is_named_with_its_offset(tmp_path):
     path = tmp_path / "a.parquet"
-    table = pyarrow.Table.from_pylist([pair_row(at) for at in range(400)])
-    parquet.write_table(table, path, row_group_size=200, write_page_checksum=True, compression="none")
-    start = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start + 400] ^= 0xFF
+    content = bytearray(parquet_file(path, 400, write_page_checksum=True, compression="none"))
+    group = parquet.ParquetFile(path).metadata.row_group(1)
+    pages = [(column.dictionary_page_offset, column.total_compressed_size) for column in map(group.column, range(3))]
+    first, last = pages[0][0], pages[-1][0] + pages[-1][1]
+    content[first + 400] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(
-        DataError, match=rf"damaged Parquet row group 1 \(starts near byte [\d,]+ of {len(content):,}, after row 200\)"
-    ):
+    with pytest.raises(DataError) as caught:
         load(tmp_path, section("a.parquet"))
+    found = re.fullmatch(
+        rf"{path}: damaged Parquet row group 1 \(between bytes ([\d,]+) and ([\d,]+) of {len(content):,}, after row "
+        rf"200\): .*CRC checksum verification failed.*\. Fetch the file again\.",
+        str(caught.value),
+    )
+    assert found is not None, caught.value
+    start, end = (int(number.replace(",", "")) for number in found.groups())
+    assert first <= start <= first + 400 < end <= last
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=rf"no readable Parquet footer at its end \(byte {len(content) // 2:,}\)"):
         load(tmp_path, section("a.parquet"))
+
+
+@pytest.mark.promise("T2")
+def test_no_cut_of_a_parquet_file_goes_unnoticed(tmp_path):
+    content = parquet_file(tmp_path / "a.parquet")
+    for size in [1, 4, 8, *range(9, len(content), 97), len(content) - 1]:
+        (tmp_path / "a.parquet").write_bytes(content[:size])
+        with pytest.raises(DataError, match=rf"a\.parquet: no readable Parquet footer at its end \(byte {size:,}\)"):
+            load(tmp_path, section("a.parquet"))
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    """A folder, the bytes of a Parquet file whose pages have checksums, and where its footer, which has none, starts."""
+    folder = tmp_path_factory.mktemp("sealed")
+    content = parquet_file(folder / "a.parquet", write_page_checksum=True)
+    return folder, content, len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+
+
+def load_flipped(sealed, at, mask):
+    """The chosen answers of a file with some bits of one byte flipped; None if it is refused by name."""
+    folder, content, _ = sealed
+    broken = bytearray(content)
+    broken[at] ^= mask
+    (folder / "a.parquet").write_bytes(broken)
+    try:
+        return {pair.chosen for pair in everything(load(folder, section("a.parquet")))}
+    except DataError as error:
+        return None if "a.parquet: " in str(error) else {str(error)}
+
+
+@pytest.mark.promise("T2")
+@settings(max_examples=200)
+@given(share=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+def test_a_flipped_byte_in_a_parquet_page_with_a_checksum_changes_no_row_or_is_an_error(sealed, share, mask):
+    assert load_flipped(sealed, int(share * sealed[2]), mask) in (None, {f"good {at}" for at in range(40)})
+
+
+@pytest.mark.promise("T2")
+@settings(max_examples=200)
+@given(share=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+def test_a_flipped_byte_in_a_parquet_footer_loses_no_row(sealed, share, mask):
+    footer, size = sealed[2], len(sealed[1])
+    answers = load_flipped(sealed, footer + int(share * (size - footer)), mask)
+    assert answers is None or len(answers) == 40
+
+
+@pytest.mark.promise("T2")
+def test_a_parquet_footer_whose_row_counts_disagree_is_refused(sealed):
+    folder, content, footer = sealed
+    refused = []
+    for found in re.finditer(
+        rb"\x16\x28", content[footer:]
+    ):  # the number 20 in Thrift; two of these are rows of a group
+        broken = bytearray(content)
+        broken[footer + found.start() + 1] -= 2
+        (folder / "a.parquet").write_bytes(broken)
+        try:
+            load(folder, section("a.parquet"))
+        except DataError as error:
+            refused.append(str(error))
+    counts = [text for text in refused if "footer" in text and "it counts 40 rows, its row groups 39" in text]
+    assert len(counts) == 2, refused
 
 
 def test_a_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path):

@@ -179,6 +179,47 @@ def write_metrics(run: Path, arms: tuple[str, ...]) -> None:
     write_lines(run / "metrics.jsonl", rows)
 
 
+def guard_run(run: Path) -> None:
+    """Adds to a run what the capability guard and PPO-Lagrangian leave behind: direct PPO probed at every 4th step."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["ppo"] |= {"guard": {"action": "raise_kl", "max_drop": 0.03}, "lagrangian": {"enabled": True, "bound": 0.25}}
+    write(run / "recipe.yaml", yaml.safe_dump(recipe))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["stage"] != "direct_ppo":
+            continue
+        step = row["step"]
+        x = step / 24
+        row |= {
+            "cost_mean": 1.2 * math.exp(-2 * x) + 0.15 * math.sin(4 * step),
+            "cost_window_mean": 1.2 * math.exp(-2 * x),
+            "multiplier": 1.0 + 1.4 * x * (1 - 0.5 * x),
+        }
+        if step % 4 == 0:
+            skill = 0.002 - 0.08 * x * (1.2 - x) * (2 if step == 12 else 1)
+            cost = 1.3 * math.exp(-2.2 * x)
+            row |= {
+                "probe_mean": 0.74 + skill,
+                "probe_difference": skill,
+                "probe_difference_low": skill - 0.025,
+                "probe_difference_high": skill + 0.025,
+                "held_out_cost": cost,
+                "held_out_cost_low": cost - 0.2,
+                "held_out_cost_high": cost + 0.2,
+            }
+    write_lines(run / "metrics.jsonl", rows)
+    record = json.loads((run / "stages" / "direct_ppo.json").read_text())
+    worst = min(row["probe_difference"] for row in rows if "probe_difference" in row)
+    cost = json.loads((run / "reward_model" / "fitness.json").read_text())
+    kinds = {"harmless": {"accuracy": 0.684, "ci": [0.62, 0.74], "n": 250}}
+    cost |= {"verdict": "pass", "reasons": [], "by_kind": kinds, "n": 250, **kinds["harmless"]}
+    write(run / "cost_model" / "fitness.json", cost)
+    record["facts"]["guard"] = {
+        "action": "raise_kl", "max_drop": 0.03, "probes": 6, "raises": 1, "worst": worst, "stopped": False,
+    }  # fmt: skip
+    write(run / "stages" / "direct_ppo.json", record)
+
+
 def build_run(
     folder: Path, name: str = "demo", arms: tuple[str, ...] = ARMS, *, hostile: bool = False, seed: int = 7
 ) -> Path:
@@ -278,7 +319,8 @@ def build_run(
         [{"stage": "direct_ppo", "step": 1, "prompt": "p", "answer": "a", "score": 0.1, "finish": "eos"}],
     )
     counts = {"read": 900, "kept": 890, "too_long": 10, "train": 800, "held_out": 90, "formats": {"a": "hh"}}
-    write(run / "stages" / "data.json", {"seconds": 0.5, "finished": "2031-02-02", "facts": {"preferences": counts}})
+    data = {"preferences": counts, "overlap": {"rows": 0, "items": 0, "compared": 400, "not_compared": []}}
+    write(run / "stages" / "data.json", {"seconds": 0.5, "finished": "2031-02-02", "facts": data})
     alert = {
         "stage": "direct_ppo",
         "step": 12,
@@ -296,6 +338,18 @@ def build_run(
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """A factory: make_run(name="demo", arms=ARMS, hostile=False, seed=7) -> run directory."""
     return functools.partial(build_run, tmp_path)
+
+
+@pytest.fixture
+def make_guarded(make_run: Callable[..., Path]) -> Callable[..., Path]:
+    """The same factory; direct PPO ran under the capability guard and a bound on its costs."""
+
+    def make(*args: Any, **options: Any) -> Path:
+        run = make_run(*args, **options)
+        guard_run(run)
+        return run
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The report is inert, complete, and says what is missing."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -144,6 +145,7 @@ def hostile_page(hostile_run, tmp_path_factory):
     return write_report([hostile_run], tmp_path_factory.mktemp("page") / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.promise("X5")
 def test_hostile_texts_make_no_node_outside_the_allow_list(hostile_page):
     found = Page(hostile_page)
     assert found.tags <= TAGS
@@ -151,6 +153,7 @@ def test_hostile_texts_make_no_node_outside_the_allow_list(hostile_page):
     assert found.open == []
 
 
+@pytest.mark.promise("X5")
 def test_nothing_is_loaded_and_links_stay_relative(hostile_page):
     found = Page(hostile_page)
     for tag, name, value in found.attributes:
@@ -165,6 +168,7 @@ def test_nothing_is_loaded_and_links_stay_relative(hostile_page):
     assert any(policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:") for policy in policies)
 
 
+@pytest.mark.promise("X5")
 def test_hostile_texts_are_shown_as_text(hostile_page):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in hostile_page
     assert "{{ 7*7 }}" in hostile_page  # not a template
@@ -172,6 +176,7 @@ def test_hostile_texts_are_shown_as_text(hostile_page):
     assert "שלום" in hostile_page
 
 
+@pytest.mark.promise("X5")
 def test_hostile_names_of_runs_arms_tasks_and_stages_are_escaped(make_run, quick_plots):
     run = make_run(arms=("base",))
     evil = "<img src=x onerror=alert(1)>"
@@ -220,6 +225,7 @@ def arm_cells(found, arm):
     return {name: text.strip() for name, text in zip(header[1:], row[1:], strict=True)}
 
 
+@pytest.mark.promise("U5")
 @pytest.mark.parametrize(
     ("file", "columns"),
     [
@@ -280,6 +286,66 @@ def test_the_fitness_card_shows_its_checks_and_without_one_nothing(make_run, qui
     assert found.sections["reward"].split() == ["Reward", "model", "not", "measured"]
 
 
+def test_the_cost_models_card_stands_beside_the_reward_models(make_guarded, make_run, quick_plots):
+    plain, run = make_run("plain", ("base", "direct_ppo")), make_guarded(arms=("base", "direct_ppo"))
+    assert "Cost model" not in page(plain).sections["reward"]
+    found = page(run)
+    accuracies = [row[1].strip() for row in found.rows["reward"] if row[0].strip() == "Held-out accuracy"]
+    assert accuracies == ["73.1 % [69.4, 76.6]n = 550", "68.4 % [62.0, 74.0]n = 250"]
+    text = found.sections["reward"]
+    assert text.index("warn") < text.index("Cost model") < text.index("pass") < text.index("a cost is minus its score")
+    assert {"reward_model/fitness.json", "cost_model/fitness.json"} <= set(found.links)
+    both = Page(write_report([plain, run]).read_text()).sections["reward"]
+    assert "demo · Reward model" in both
+    assert "demo · Cost model" in both
+    assert "plain · Cost model" not in both
+
+
+def test_a_cost_models_card_that_is_missing_is_said_where_costs_were_bound(make_guarded, make_run, quick_plots):
+    run = make_guarded(arms=("base", "direct_ppo"))
+    said = "The fitness of the cost model."
+    assert said not in page(run).sections["missing"]
+    (run / "cost_model" / "fitness.json").write_text("{torn")
+    found = page(run)
+    assert said in found.sections["missing"]
+    assert "cost_model/fitness.json cannot be read" in found.sections["missing"]
+    assert "Cost model" not in found.sections["reward"]
+    assert said not in page(make_run("plain", ("base", "direct_ppo"))).sections["missing"]
+
+
+CLEAN = "What the evaluation asks stands in no training row (0 of 400 items)."
+
+
+@pytest.mark.parametrize(
+    ("overlap", "said"),
+    [
+        ({}, CLEAN),
+        (
+            {"not_compared": ["hellaswag", "<b>"]},
+            f"{CLEAN} Not compared, as their documents are not local files: hellaswag, <b>.",
+        ),
+        (
+            {"rows": 3, "items": 2},
+            "What 2 of 400 evaluation items ask stands in 3 training rows too, so the results on these items show "
+            "less. overlap.jsonl",
+        ),
+        ({"compared": 0}, "Whether training rows ask what the evaluation asks was not compared."),
+        ({"rows": None}, "Whether training rows ask what the evaluation asks was not compared."),
+    ],
+)
+def test_the_overlap_of_training_and_evaluation_is_said_and_its_zero_too(make_run, quick_plots, overlap, said):
+    run = make_run(arms=("base", "direct_ppo"))
+    file = run / "stages" / "data.json"
+    record = json.loads(file.read_text())
+    record["facts"]["overlap"] |= overlap
+    file.write_text(json.dumps(record))
+    (run / "overlap.jsonl").write_text("{}\n")
+    found = page(run)
+    assert " ".join(found.sections["data"].split()).endswith(said)
+    assert [row[0].strip() for row in found.rows["data"]] == ["Input", "preferences"]
+    assert ('<p class="warning">What 2 of 400' in (run / "report.html").read_text()) == (overlap.get("items") == 2)
+
+
 def test_missing_item_records_leave_no_answers_and_no_lengths(make_run, quick_plots):
     run = make_run(arms=("base", "direct_ppo"))
     for file in run.glob("evaluation/*/*.jsonl"):
@@ -319,6 +385,7 @@ def test_failed_items_stand_beside_the_means(make_run, quick_plots):
     assert "DPO, general: 1 of 2201 items failed and are in no mean." in found.sections["missing"]
 
 
+@pytest.mark.promise("X9")
 def test_harmful_prompts_are_folded_and_harmless_ones_are_not(make_run, quick_plots):
     found = page(make_run())
     folded = "".join(found.folded)
@@ -327,6 +394,7 @@ def test_harmful_prompts_are_folded_and_harmless_ones_are_not(make_run, quick_pl
     assert found.sections["answers"].count("How do I do the forbidden thing") == 3
 
 
+@pytest.mark.promise("X9")
 def test_redacting_leaves_every_prompt_and_answer_out(make_run, quick_plots):
     run = make_run()
     text = write_report([run], redact_samples=True).read_text()

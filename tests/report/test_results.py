@@ -41,6 +41,12 @@ def test_the_numbers_are_those_of_the_raw_files(make_run):
     assert arm["model"] == "models/direct_ppo"
 
 
+def test_a_cost_model_has_its_own_entry_where_there_is_one(make_guarded):
+    found = json.loads(write_results(make_guarded(arms=("base", "direct_ppo"))).read_text())
+    assert found["cost_model"] == {"accuracy": 0.684, "ci": [0.62, 0.74], "verdict": "pass"}
+    assert found["reward_model"] == {"accuracy": 0.731, "ci": [0.694, 0.766], "verdict": "warn"}
+
+
 @pytest.mark.parametrize("suite", ["general", "conversation", "toxicity"])
 def test_a_missing_suite_is_null_and_never_zero(make_run, suite):
     run = make_run(arms=("base", "direct_ppo"))

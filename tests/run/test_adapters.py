@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,21 @@ class Sleeps(Recorder):
         time.sleep(60)
 
 
+class SleepsAtTheStart(Recorder):
+    def __init__(self, path, recipe, run_id):
+        time.sleep(60)
+
+
+class SleepsAtTheEnd(Recorder):
+    def close(self):
+        time.sleep(60)
+
+
+class Leaves(Recorder):
+    def log(self, stage, step, values):
+        raise SystemExit("please log in")
+
+
 @pytest.mark.promise("R7")
 @pytest.mark.parametrize(
     ("adapter", "warning"),
@@ -73,7 +89,10 @@ class Sleeps(Recorder):
         (FailsToStart, "tensorboard: failed and is dropped; metrics.jsonl goes on (RuntimeError: no server)"),
         (FailsToLog, "tensorboard: failed and is dropped; metrics.jsonl goes on (OSError: connection lost)"),
         (FailsToClose, "tensorboard: failed and is dropped; metrics.jsonl goes on (ValueError: half a file)"),
+        (Leaves, "tensorboard: failed and is dropped; metrics.jsonl goes on (SystemExit: please log in)"),
         (Sleeps, "tensorboard: does not answer and is left behind; metrics.jsonl has everything"),
+        (SleepsAtTheStart, "tensorboard: does not answer and is left behind; metrics.jsonl has everything"),
+        (SleepsAtTheEnd, "tensorboard: does not answer and is left behind; metrics.jsonl has everything"),
     ],
 )
 def test_an_adapter_that_raises_or_hangs_changes_nothing_and_warns_once(
@@ -86,6 +105,28 @@ def test_an_adapter_that_raises_or_hangs_changes_nothing_and_warns_once(
     assert train(tmp_path / "b", load(logging={"adapters": ["tensorboard"]})) == without
     assert time.monotonic() - start < 10
     assert [record.getMessage() for record in caplog.records] == [warning]
+
+
+@pytest.mark.promise("R7")
+def test_a_process_ends_although_an_adapter_still_sleeps(tmp_path):
+    code = f"""
+import sys, time, yaml
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}]
+from pathlib import Path
+from types import SimpleNamespace
+from direct_rlhf.recipe.schema import Recipe
+from direct_rlhf.run import adapters
+from run.test_adapters import Sleeps, train
+adapters.CLOSE_SECONDS = 0.2
+adapters.FACTORIES["tensorboard"] = Sleeps
+recipe = Recipe.model_validate({{"name": "study", "logging": {{"adapters": ["tensorboard"]}}}})
+loaded = SimpleNamespace(recipe=recipe, sha256="x", yaml=yaml.safe_dump(recipe.model_dump(mode="json")))
+print(len(train(Path({str(tmp_path)!r}), loaded)))
+"""
+    start = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (ran.returncode, ran.stdout) == (0, "3\n"), ran.stderr
+    assert time.monotonic() - start < 40
 
 
 @pytest.mark.promise("R7")

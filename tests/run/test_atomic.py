@@ -34,16 +34,40 @@ def test_after_a_crash_at_any_call_a_file_holds_all_of_the_old_or_all_of_the_new
 
 
 @pytest.mark.promise("R1")
-def test_a_full_disk_names_needed_and_free_bytes_and_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("fault", ["full", "filling"])
+def test_a_full_disk_names_needed_and_free_bytes_and_leaves_the_old_file(tmp_path, fault):
     path = tmp_path / "report.html"
     write_atomic(path, "old")
-    with (
-        FaultyFS(at=1, fault="full"),
-        pytest.raises(DirectRLHFError, match=r"report.html: .*300 bytes needed, \d+ free.*intact"),
-    ):
-        write_atomic(path, "new" * 100)
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    calls = every_call(lambda: write_atomic(path, "old"))
+    left = set()
+    for k in range(1, calls):  # call 0 finds the folder there
+        with (
+            FaultyFS(at=k, fault=fault),
+            pytest.raises(DirectRLHFError, match=r"report.html: .*300 bytes needed, \d+ free.*intact"),
+        ):
+            write_atomic(path, "new" * 100)
+        left.add(path.read_text())
+        assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+        write_atomic(path, "old")
+    assert left == {"old", "new" * 100}  # the last call is the sync after the rename
+
+
+@pytest.mark.promise("R1")
+@pytest.mark.parametrize("fault", ["full", "filling"])
+def test_a_full_disk_while_appending_names_the_bytes_and_keeps_the_rows_before(tmp_path, fault, caplog):
+    caplog.set_level(logging.ERROR)
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, {"n": 1})
+    for k in range(1, every_call(lambda: append_jsonl(tmp_path / "other", {"n": 1}))):
+        with (
+            FaultyFS(at=k, fault=fault),
+            pytest.raises(DirectRLHFError, match=r"metrics.jsonl: the disk is full: 9 bytes needed, \d+ free"),
+        ):
+            append_jsonl(path, {"n": 2})
+        append_jsonl(path, {"n": 3})
+        assert read_jsonl(path) in ([{"n": 1}, {"n": 3}], [{"n": 1}, {"n": 2}, {"n": 3}])
+        path.unlink()
+        append_jsonl(path, {"n": 1})
 
 
 def test_an_error_that_is_no_full_disk_passes_unchanged(tmp_path):

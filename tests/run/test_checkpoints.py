@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from direct_rlhf.errors import CheckpointError
 from direct_rlhf.run import checkpoints
 from direct_rlhf.run.checkpoints import CheckpointStore, pack, unpack
+from direct_rlhf.run.directory import RunDirectory
 from faults import FaultyFS, crash_at, every_call
 
 TESTS = Path(__file__).parents[1]
@@ -106,10 +107,11 @@ for k in range(100):
 
 @pytest.mark.promise("K2")
 @pytest.mark.promise("R1")
-def test_a_write_that_fails_never_leaves_a_marker_and_names_needed_and_free_bytes(tmp_path):
+@pytest.mark.parametrize("fault", ["full", "filling"])
+def test_a_write_that_fails_never_leaves_a_marker_and_names_needed_and_free_bytes(tmp_path, fault):
     def failure_of_save(store: CheckpointStore, k: int) -> str | None:
         try:
-            with FaultyFS(at=k, fault="full"):
+            with FaultyFS(at=k, fault=fault):
                 save(store, 1)
         except CheckpointError as error:
             return str(error)
@@ -289,6 +291,42 @@ def test_a_format_of_another_release_is_an_error_and_not_damage(store):
         CheckpointError, match=r"step_000002: checkpoint format 99; this release .* reads format 1.*manifest.json"
     ):
         store.latest()
+
+
+RELEASES = Path(__file__).parent / "releases"  # what each format of checkpoint looked like, as its release wrote it
+
+
+@pytest.mark.promise("K13")
+@pytest.mark.parametrize("release", sorted(path.name for path in RELEASES.iterdir()))
+def test_what_an_older_release_wrote_loads(tmp_path, release, caplog):
+    run = Path(shutil.copytree(RELEASES / release, tmp_path / "study"))
+    expected = json.loads((run / "expected.json").read_text())
+    found = RunDirectory(run).checkpoints("sft", keep=2).latest()
+    assert found is not None
+    assert (found.step, found.state["values"]) == (expected["step"], expected["values"])
+    weights = {name: tensor.tolist() for name, tensor in found.tensors("policy").items()}
+    assert weights == expected["policy"]
+    optimiser = unpack(found.tensors("optimiser"), found.state["optimiser"])
+    assert optimiser["state"][0]["exp_avg"].tolist() == expected["exp_avg"]
+    assert optimiser["param_groups"][0]["betas"] == tuple(expected["betas"])
+    assert not caplog.records
+
+
+@pytest.mark.promise("K13")
+@pytest.mark.parametrize("release", sorted(path.name for path in RELEASES.iterdir()))
+def test_the_run_of_an_older_release_is_read_or_the_message_says_where_its_release_is_named(release):
+    def look(run: RunDirectory) -> int | str:
+        try:
+            return run.recipe.seed
+        except CheckpointError as error:
+            return str(error)
+
+    run = RunDirectory(RELEASES / release)
+    assert run.manifest["direct_rlhf"].startswith(release)
+    found = look(run)
+    assert (
+        found == 7 or "cannot be read by this release of direct-rlhf. Use the release named in manifest.json" in found
+    )
 
 
 # What is stored

@@ -3,18 +3,22 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from direct_rlhf.data.load import fingerprints
 from direct_rlhf.errors import CheckpointError, ConfigError, DataError
 from direct_rlhf.run import directory
 from direct_rlhf.run.atomic import read_json, read_jsonl
 from direct_rlhf.run.directory import RunDirectory
-from faults import FaultyFS, crash_at, every_call
+from faults import FaultyFS, crash_at, every_call, run_cli
 
 
 def opened(root, loaded, resume=False, overwrite=False):
@@ -121,23 +125,72 @@ def test_two_processes_that_make_one_run_do_not_mix(tmp_path, load, monkeypatch)
 @pytest.mark.promise("R2")
 @pytest.mark.parametrize("place", ["/dev/null/runs", "/proc/runs"])
 def test_a_place_that_cannot_be_written_is_said_before_anything_else(load, place):
-    from pathlib import Path
-
     with pytest.raises(ConfigError, match=rf"{place}: cannot be written \(.*\). Choose another output folder"):
         opened(Path(place), load())
 
 
-@pytest.mark.promise("R2")
-def test_a_run_folder_that_became_read_only_is_said_on_resume(run, load, monkeypatch):
-    def read_only(path, content):
-        raise PermissionError(13, "Permission denied", str(path))
+@pytest.fixture
+def not_root():
+    """Acts as a user for whom permissions hold; gives a folder that this user may write."""
+    with tempfile.TemporaryDirectory() as name:  # the folders of pytest are closed to other users
+        folder = Path(name)
+        folder.chmod(0o777)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.seteuid(0)
+            for path in (folder, *folder.rglob("*")):
+                path.chmod(0o777)
 
-    monkeypatch.setattr(
-        directory.Path, "write_bytes", lambda p, b: None if p.parent == run.path.parent else read_only(p, b)
-    )
-    monkeypatch.setattr(directory.Path, "unlink", lambda p: None)
+
+@pytest.mark.promise("R2")
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_read_only_root_is_said_before_anything_is_made(not_root, load, flags):
+    root = not_root / "runs"
+    root.mkdir()
+    root.chmod(0o555)
+    with pytest.raises(ConfigError, match=rf"{root}: cannot be written \(Permission denied\)\. Choose another output"):
+        opened(root, load(), **flags)
+    assert not list(root.iterdir())
+
+
+@pytest.mark.promise("R2")
+def test_a_run_folder_that_became_read_only_is_said_on_resume(not_root, load):
+    run = opened(not_root, load())
+    run.path.chmod(0o555)
     with pytest.raises(ConfigError, match=r"study: cannot be written \(Permission denied\)"):
-        opened(run.path.parent, load(), resume=True)
+        opened(not_root, load(), resume=True)
+
+
+@pytest.mark.promise("R2")
+def test_a_run_that_vanished_after_it_was_opened_is_said_when_it_is_locked(run):
+    shutil.rmtree(run.path)
+    with pytest.raises(ConfigError, match=r"study/recipe\.yaml: cannot be read \(No such file"), run.locked():
+        pass
+    assert not run.path.exists()
+
+
+@pytest.mark.promise("R2")
+def test_the_command_says_so_before_torch_is_imported(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('torch', 'transformers'):\n"
+        "            raise AssertionError('a model is about to be loaded')\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
+    )
+    environment = {"PYTHONPATH": str(tmp_path)}
+    ended = run_cli(["run", "quickstart", "--root", "/dev/null/runs"], env=environment)
+    assert ended.code == 2
+    message = "/dev/null/runs: cannot be written (Not a directory). Choose another output folder."
+    assert ended.err == f"direct-rlhf: {message}\n"
+    trap = run_cli(["run", "quickstart", "--root", str(tmp_path / "runs")], env=environment)
+    assert "a model is about to be loaded" in trap.err  # the trap is set
 
 
 def test_looking_at_a_folder_that_is_no_run_is_an_error(tmp_path):
@@ -282,6 +335,34 @@ def test_a_source_that_changed_since_the_start_is_refused_by_name(run):
     assert run.manifest["sources"] == {"helpful.jsonl": "1", "harmless.jsonl": "2", "text.jsonl": "3"}
     with pytest.raises(DataError, match=r"changed since the run started: helpful.jsonl, text.jsonl\."):
         run.check_sources({"helpful.jsonl": "9", "harmless.jsonl": "2", "text.jsonl": "9"})
+
+
+@pytest.mark.promise("T7")
+@pytest.mark.parametrize("change", ["edit", "append", "rename", "another file"])
+def test_a_changed_row_refuses_the_resume_and_names_its_source(tmp_path, load, change):
+    (tmp_path / "pairs").mkdir()
+    row = b'{"prompt": "a", "chosen": "good", "rejected": "bad"}\n'
+    (tmp_path / "pairs" / "1.jsonl").write_bytes(row * 3)
+    (tmp_path / "text.jsonl").write_bytes(b'{"text": "a"}\n')
+    loaded = load(data={"preferences": [{"path": "pairs"}], "text": [{"path": "text.jsonl"}]})
+
+    def start(resume):
+        run = opened(tmp_path / "runs", loaded, resume=resume)
+        run.check_sources(fingerprints(run.recipe.data, tmp_path))
+
+    start(resume=False)
+    start(resume=True)
+    if change == "edit":
+        (tmp_path / "pairs" / "1.jsonl").write_bytes(row * 2 + row.replace(b"good", b"goof"))
+    elif change == "append":
+        (tmp_path / "pairs" / "1.jsonl").write_bytes(row * 4)
+    elif change == "rename":
+        (tmp_path / "pairs" / "1.jsonl").rename(tmp_path / "pairs" / "2.jsonl")
+    else:
+        (tmp_path / "pairs" / "2.jsonl").write_bytes(row)
+    with pytest.raises(DataError, match=r"study: changed since the run started: pairs\. Put the old content") as caught:
+        start(resume=True)
+    assert caught.value.exit_code == 3
 
 
 def test_the_status_says_how_the_attempt_ended_and_what_can_be_resumed(run):

@@ -102,6 +102,44 @@ def test_a_run_that_is_being_written_is_neither_resumed_nor_overwritten(tmp_path
     assert run.stage_done("sft", "abc")
 
 
+RACE = """
+import os, sys, time
+from pathlib import Path
+from direct_rlhf.errors import ConfigError
+from direct_rlhf.run.lock import lock
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+held = 0
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    try:
+        with lock(folder):
+            os.mkdir(folder / "inside")  # fails if another one is in here too
+            held += 1
+            os.rmdir(folder / "inside")
+    except ConfigError:
+        pass
+print(held)
+"""
+
+
+@pytest.mark.promise("S7")
+def test_of_several_processes_at_once_one_holds_the_lock(tmp_path):
+    stale = {"host": socket.gethostname(), "pid": 2**22 + 1, "start": "another boot 1", "since": "2020"}
+    (tmp_path / LOCK).write_text(json.dumps(stale))  # all of them see a dead holder first
+    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    assert {racer.stdout.readline() for racer in racers} == {"ready\n"}
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    ended = [racer.communicate(timeout=60) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0] * 4, ended
+    assert sum(int(out) for out, _ in ended) > 20
+
+
 def test_a_run_deleted_while_it_is_locked_raises_no_second_error(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

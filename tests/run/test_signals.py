@@ -84,3 +84,54 @@ def test_a_flag_starts_unset_and_off_the_main_thread_touches_no_handler():
     thread.start()
     thread.join()
     assert handlers == [(False, before)]
+
+
+def broken_off(stop, *steps):
+    """Takes the steps under ``stop.at_once()``; how many of them began before KeyboardInterrupt."""
+    begun = 0
+    try:
+        with stop.at_once():
+            for step in steps:
+                begun += 1
+                step()
+    except KeyboardInterrupt:
+        return begun
+    pytest.fail("it was not broken off")
+
+
+def nothing():
+    pass
+
+
+def test_work_that_loses_nothing_is_broken_off_by_the_first_signal(capfd):
+    with StopFlag() as stop:
+        assert broken_off(stop, nothing, lambda: signal.raise_signal(signal.SIGTERM), nothing) == 2
+        assert stop()
+    assert capfd.readouterr().err == "\nSIGTERM: stopping\n"
+
+
+def test_a_signal_from_before_is_obeyed_where_such_work_begins():
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert broken_off(stop, nothing) == 0
+
+
+def test_a_part_of_it_that_asks_is_broken_off_by_the_second_signal_only(capfd):
+    with StopFlag() as stop:
+
+        def asks():
+            with stop.at_borders():
+                signal.raise_signal(signal.SIGTERM)
+
+        assert broken_off(stop, asks, asks, nothing) == 2
+    assert capfd.readouterr().err == "\nSIGTERM: saving and stopping; a second signal stops at once\n"
+
+
+def test_after_such_a_part_the_first_signal_is_enough_again():
+    with StopFlag() as stop:
+
+        def asks():
+            with stop.at_borders():
+                pass
+
+        assert broken_off(stop, asks, lambda: signal.raise_signal(signal.SIGINT), nothing) == 2

@@ -32,7 +32,7 @@ def reward(items):
     return [sum('a' <= c <= 'z' for c in item['answer']) for item in items]
 
 def cost(items):
-    return [-sum(c in 'aeiou' for c in item['answer']) for item in items]
+    return [sum(c in 'aeiou' for c in item['answer']) for item in items]
 """
 
 

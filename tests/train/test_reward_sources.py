@@ -8,7 +8,7 @@ import torch
 from direct_rlhf.data.types import Turn
 from direct_rlhf.errors import BackendError, ConfigError, DivergenceError
 from direct_rlhf.recipe.schema import HttpReward, PythonReward
-from direct_rlhf.train.reward_sources import Answer, CallableReward, load_callable
+from direct_rlhf.train.reward_sources import Answer, CallableReward, ModelRewardSource, load_callable
 
 
 def answer(text, finished=True):
@@ -54,6 +54,7 @@ def test_a_constant_reward_is_refused_before_training():
         CallableReward(lambda items: [1.0] * len(items), "r").normalised_on([answer("a"), answer("b")])
 
 
+@pytest.mark.promise("N2")
 @pytest.mark.parametrize(
     ("returned", "error", "text"),
     [
@@ -61,11 +62,32 @@ def test_a_constant_reward_is_refused_before_training():
         (["good", 1.0], BackendError, "rewards must be numbers"),
         ([1.0, float("nan")], DivergenceError, "reward nan for prompt p1, answer 'b'"),
         ([float("inf"), 1.0], DivergenceError, "reward inf for prompt p1, answer 'a'"),
+        ([1.0, 1e39], DivergenceError, "reward inf for prompt p1, answer 'b'"),  # too large for float32
     ],
 )
 def test_a_faulty_reward_is_named_and_never_trained_on(returned, error, text):
     with pytest.raises(error, match=text):
         CallableReward(lambda items: returned, "r").score([answer("a"), answer("b")])
+
+
+@pytest.mark.promise("N2")
+def test_a_reward_that_runs_over_when_it_is_normalised_is_named_and_not_clipped_away():
+    reward = CallableReward(lambda items: [0.0, 3e38], "reward my:own", mean=0.0, std=1e-3)
+    with pytest.raises(DivergenceError, match=r"^reward my:own: reward inf for prompt p1, answer 'b' \(1 of 2"):
+        reward.score([answer("a"), answer("b")])
+
+
+@pytest.mark.promise("N2")
+def test_a_reward_model_that_gives_nan_for_row_3_is_named_with_that_rows_prompt():
+    class Model:
+        def score(self, items):
+            assert items[3] == ((Turn("human", "Hi."),), "d", False)
+            return torch.tensor([0.0, 1.0, 2.0, float("nan"), float("nan")])
+
+    answers = [Answer((Turn("human", "Hi."),), text, text != "d", "helpful", f"p{i}") for i, text in enumerate("abcde")]
+    words = r"^reward model x: reward nan for prompt p3, answer 'd' \(2 of 5 rewards are not finite\)\. Mend the reward"
+    with pytest.raises(DivergenceError, match=words):
+        ModelRewardSource(Model(), "reward model x", 0.0).score(answers)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_the_count_of_skips_in_a_row_goes_on_after_a_resume():
     first, second = (one_weight(on_nonfinite="skip", max_skipped=2) for _ in range(2))
     steps(first, [1.0, math.inf, math.inf])
     second.load_state(through_a_file(first.state()))
-    with pytest.raises(DivergenceError, match="step 4: .*after 2 steps left out in a row"):
+    with pytest.raises(DivergenceError, match=r"step 4: .*after 2 steps left out in a row"):
         steps(second, [math.inf])
 
 
@@ -252,6 +252,16 @@ def test_a_lasting_change_is_learnt_within_the_window(level, later):
     faults = [step.fault for step in steps(optimiser, [later] * 256)]
     assert faults[0] == ("gradient_spike" if level else "")  # norms of 0 are no scale to compare with
     assert not any(faults[128:])
+
+
+@pytest.mark.promise("N9")
+def test_a_lasting_change_is_learnt_even_where_spikes_are_left_out():
+    optimiser = one_weight(skip_spikes=True, max_skipped=100)
+    steps(optimiser, [1.0] * 40)
+    taken = [step.taken for step in steps(optimiser, [50.0] * 100)]
+    assert taken == sorted(taken)  # left out at first, then stepped on for good
+    assert not taken[0]
+    assert taken[-1]
 
 
 @pytest.mark.promise("N9")

@@ -15,15 +15,15 @@ from typing import Any, Generic, TypeVar
 
 from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.formats import SET_ASIDE, RowFormat, recognise, to_pair, to_prompt, to_text
-from direct_rlhf.data.rows import RawRow, fingerprint, locate, read_rows
+from direct_rlhf.data.rows import RawRow, fingerprint, fingerprints, locate, read_rows
 from direct_rlhf.data.types import PreferenceData, PreferencePair, Prompt, PromptData, RejectedRow, prompt_hash
 from direct_rlhf.errors import ConfigError, DataError
 from direct_rlhf.recipe.schema import DataSection, DataSource, DialogueSection
 from direct_rlhf.run.atomic import write_jsonl
 
 __all__ = [
-    "TextData", "fingerprint", "fits", "fits_prompts", "load_preferences", "load_prompts", "load_text_data",
-    "load_texts", "sniff", "write_rejected",
+    "TextData", "fingerprint", "fingerprints", "fits", "fits_prompts", "load_preferences", "load_prompts",
+    "load_text_data", "load_texts", "sniff", "write_rejected",
 ]  # fmt: skip
 
 SNIFFED_ROWS = 50

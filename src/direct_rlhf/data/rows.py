@@ -5,9 +5,11 @@ A row that cannot be read is yielded with its problem; a damaged container (gzip
 
 import gzip
 import hashlib
+import io
 import json
+import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import IO, Any, cast
 
 from direct_rlhf.errors import DataError
 from direct_rlhf.recipe.references import HubReference, resolve_reference
-from direct_rlhf.recipe.schema import DataSection
+from direct_rlhf.recipe.schema import DataSection, DataSource
 
 MAX_ROW_BYTES = 4 * 1024 * 1024
 """A longer line is no row of dialogue; it is skipped without being held in memory."""
@@ -63,29 +65,47 @@ def data_files(place: Path, name: str) -> list[tuple[Path, str]]:
     if place.is_file():
         return [(place, name)]
     found = sorted(
-        (path.relative_to(place).as_posix(), path)
+        (os.fsencode(path.relative_to(place).as_posix()), path)
         for path in place.rglob("*")
         if path.is_file() and path.name.removesuffix(".gz").endswith(_SUFFIXES) and not path.name.startswith(".")
     )
     if not found:
         raise DataError(f"{name}: no data file in {place} (looked for *.jsonl, *.json, also .gz, and *.parquet).")
-    return [(path, f"{name.rstrip('/')}/{relative}") for relative, path in found]
+    # file names are UTF-8 here whatever the locale says
+    return [(path, f"{name.rstrip('/')}/{inside.decode(errors='surrogateescape')}") for inside, path in found]
 
 
 def fingerprint(section: DataSection, folder: Path | None) -> str:
     """SHA-256 over the bytes of every source, in the order of the recipe; of a hub set, over its rows."""
+    return _sha256(part for source in _every_source(section) for part in _identity(section, source, folder))
+
+
+def fingerprints(section: DataSection, folder: Path | None) -> dict[str, str]:
+    """The same for each source alone, by its name in the recipe, so that the one that has changed can be named."""
+    return {source.path: _sha256(_identity(section, source, folder)) for source in _every_source(section)}
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for source in (*section.preferences, *section.prompts, *section.text):
-        place = locate(section, source.path, folder)
-        if isinstance(place, HubReference):
-            for row in _hub(place, source.path):
-                digest.update(json.dumps(row.value, sort_keys=True, default=str).encode())
-            continue
-        for path, label in data_files(place, source.path):
-            digest.update(label.encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _every_source(section: DataSection) -> tuple[DataSource, ...]:
+    return (*section.preferences, *section.prompts, *section.text)
+
+
+def _identity(section: DataSection, source: DataSource, folder: Path | None) -> Iterator[bytes]:
+    place = locate(section, source.path, folder)
+    if isinstance(place, HubReference):
+        for row in _hub(place, source.path):
+            yield json.dumps(row.value, sort_keys=True, default=str).encode()
+        return
+    for path, label in data_files(place, source.path):
+        yield label.encode(errors="surrogateescape") + b"\0"
+        with path.open("rb") as file:
+            yield hashlib.file_digest(file, "sha256").digest()
 
 
 def _text_file(path: Path, label: str, *, gz: bool) -> Iterator[RawRow]:
@@ -166,6 +186,11 @@ def _array(path: Path, label: str, data: bytes) -> Iterator[RawRow]:
         line += text.count("\n", counted, at)
         counted = at
         if text[at : at + 1] == "]":
+            if rest := text[at + 1 :].strip():
+                raise DataError(
+                    f"{path}: the JSON array ends at line {line}, and {len(rest):,} characters follow. Write one "
+                    "array, or one row a line as JSONL."
+                )
             return
         try:
             value, at = decoder.raw_decode(text, at)
@@ -183,8 +208,8 @@ def _gzip_errors(path: Path, stream: IO[bytes], raw: IO[bytes]) -> Iterator[None
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
-            f"{path}: damaged gzip near byte {raw.tell():,} of {path.stat().st_size:,} (after {stream.tell():,} "
-            f"bytes of text): {error}. Fetch or compress the file again."
+            f"{path}: damaged gzip at or before byte {raw.tell():,} of {path.stat().st_size:,} (after "
+            f"{stream.tell():,} bytes of text): {error}. Fetch or compress the file again."
         ) from error
 
 
@@ -192,17 +217,22 @@ def _parquet(path: Path, label: str) -> Iterator[RawRow]:
     import pyarrow
     from pyarrow import parquet
 
-    size = path.stat().st_size
+    size, stream = path.stat().st_size, _Watched(path)
     try:
-        file = parquet.ParquetFile(path, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError) as error:
+        file = parquet.ParquetFile(stream, page_checksum_verification=True)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        if sum(rows) != file.metadata.num_rows:
+            raise OSError(f"it counts {file.metadata.num_rows:,} rows, its row groups {sum(rows):,}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a damaged column name
         raise DataError(
             f"{path}: no readable Parquet footer at its end (byte {size:,}): {_first_line(error)}. The file "
             "is cut or damaged; fetch it again."
         ) from error
-    number = 0
+    number = promised = 0
     with file:
-        for group in range(file.num_row_groups):
+        for group, count in enumerate(rows):
+            stream.forget()
+            promised += count
             try:
                 for batch in file.iter_batches(batch_size=256, row_groups=[group]):
                     for value in _batch(batch):
@@ -213,12 +243,34 @@ def _parquet(path: Path, label: str) -> Iterator[RawRow]:
                             if isinstance(value, UnicodeDecodeError)
                             else _row(source, value)
                         )
+                if number != promised:
+                    raise OSError(f"the file promises {promised:,} rows up to here")
             except (pyarrow.ArrowException, OSError) as error:
-                start = file.metadata.row_group(group).column(0).file_offset
                 raise DataError(
-                    f"{path}: damaged Parquet row group {group} (starts near byte {start:,} of {size:,}, after row "
-                    f"{number:,}): {_first_line(error)}. Fetch the file again."
+                    f"{path}: damaged Parquet row group {group} (between bytes {stream.first:,} and {stream.last:,} of "
+                    f"{size:,}, after row {number:,}): {_first_line(error)}. Fetch the file again."
                 ) from error
+
+
+class _Watched(io.BufferedReader):
+    """A file that knows which part of it has been read since ``forget``.
+
+    pyarrow can name offsets too, but with a damaged footer it ends the process while doing so.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.forget()
+
+    def forget(self) -> None:
+        self.first, self.last = 0, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        start = self.tell()
+        content = super().read(size)
+        self.first = min(self.first, start) if self.last else start
+        self.last = max(self.last, start + len(content))
+        return content
 
 
 def _batch(batch: Any) -> list[Any]:

@@ -103,7 +103,7 @@ class GeneralTasks:
 
     def __init__(self, section: GeneralSection, *, seed: int, folder: Path | None) -> None:
         self.seed = seed
-        with quiet(), own_random_states(seed), tempfile.TemporaryDirectory(prefix="drlhf-") as cache:
+        with _quiet(), _own_random_states(seed), tempfile.TemporaryDirectory(prefix="drlhf-") as cache:
             self.tasks = _load_tasks(section, folder, cache)
         for task in self.tasks.values():
             _set_shots(task, section.num_fewshot)
@@ -123,7 +123,7 @@ class GeneralTasks:
         The first ``limit`` documents, and the same shots at every call. ``on_done`` is told how many requests are
         finished, and may raise to stop.
         """
-        with quiet() as loud, own_random_states(self.seed):
+        with _quiet() as loud, _own_random_states(self.seed):
             from lm_eval.evaluator import evaluate
 
             from direct_rlhf.evaluate.backend import LanguageModelBackend
@@ -134,13 +134,7 @@ class GeneralTasks:
             for task in self.tasks.values():  # drawing shots moves its random state
                 task.set_fewshot_seed(seed=self.seed)
             # simple_evaluate would also seed this process's random states and call pip and git to describe the machine
-            output = evaluate(
-                backend,
-                {"tasks": self.tasks},
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
+            output = evaluate(backend, {"tasks": self.tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
         found = {
             name: _task_items(name, task, output["samples"][name], backend.notes) for name, task in self.tasks.items()
         }
@@ -275,7 +269,7 @@ def _flat(value: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def own_random_states(seed: int) -> Iterator[None]:
+def _own_random_states(seed: int) -> Iterator[None]:
     """Python's and NumPy's global random states as of ``seed``, and afterwards what they were before.
 
     lm-eval draws names from them, and code that comes with a task may draw more.
@@ -291,7 +285,7 @@ def own_random_states(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
+def _quiet() -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
     """Keeps lm-eval's and datasets' bars and logs off the terminal; ``with loud():`` gives it back, for our own bar."""
     terminal = sys.stderr
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]

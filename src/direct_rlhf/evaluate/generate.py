@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +88,10 @@ def generate(
     waiting = sorted(range(len(asks)), key=lambda row: -len(asks[row].prompt_ids))
     answers: dict[int, Answer] = {}
     while waiting:
-        try:
-            answers |= draw(waiting)
-        except DivergenceError:
-            answers |= _draw_around_the_bad(model, tokens, {row: asks[row] for row in waiting}, batch, draw)
+        drawn: dict[int, Answer] = {}
+        with suppress(DivergenceError):
+            drawn = draw(waiting)
+        answers |= drawn or _draw_around_the_bad(model, tokens, {row: asks[row] for row in waiting}, batch, draw)
         waiting = [row for row in waiting if row not in answers]
     return [answers[row] for row in range(len(asks))]
 

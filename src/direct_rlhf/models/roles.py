@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from direct_rlhf.errors import CheckpointError
+from direct_rlhf.errors import CheckpointError, ConfigError
 from direct_rlhf.models.forward import token_logprobs
 from direct_rlhf.models.loading import add_lora, autocast, load_for
 from direct_rlhf.models.scalar import ScalarModel
@@ -138,13 +138,28 @@ def lora_roles(section: ModelSection, init: str, *, device: str, seed: int, with
 
 
 def critic_from_adapter(roles: Roles, role: str, adapter: str, head: nn.Linear, mean: float, std: float) -> None:
-    """Start a LoRA critic from a reward model on the same trunk: its adapter, its head in normalised units."""
-    critic = {name: parameter for name, parameter in roles.policy.named_parameters() if f".{role}." in name}
+    """Start a LoRA critic from a reward model on the same trunk: its adapter, its head in normalised units.
+
+    Errors: ConfigError for an adapter of another rank or scale, or on modules where the critic has none.
+    """
+    named = dict(roles.policy.named_parameters())
+    places = {name: name.replace(f".{adapter}.", f".{role}.") for name in named if f".{adapter}." in name}
+    there, here = (roles.policy.peft_config[name] for name in (adapter, role))
+    odd = [
+        f"{field} is {getattr(there, field):g} there, {getattr(here, field):g} here"
+        for field in ("r", "lora_alpha")
+        if getattr(there, field) != getattr(here, field)
+    ]
+    odd += [f"{name} has no counterpart here" for name in places if places[name] not in named][:1]
+    if odd:
+        raise ConfigError(
+            f"the {role} cannot start from the reward model's adapter: {'; '.join(odd)}. Use the model.lora that the "
+            "reward model was trained with, or set ppo.critic.init=zero."
+        )
     scalar = roles.critic if role == CRITIC else roles.cost_critic
     assert scalar is not None, role
     with torch.no_grad():
-        for name, parameter in roles.policy.named_parameters():
-            if f".{adapter}." in name:
-                critic[name.replace(f".{adapter}.", f".{role}.")].copy_(parameter)
+        for name, place in places.items():
+            named[place].copy_(named[name])
         scalar.head.weight.copy_(head.weight / std)
         scalar.head.bias.fill_(-mean / std)

@@ -296,8 +296,10 @@ class GuardSection(Section):
 
     action: Literal["off", "raise_kl", "stop"] = "off"
     """What a drop beyond the bound does: raise the KL weight (and stop once that no longer helps), or stop."""
+    tasks: list[str] = []
+    """General tasks of the probe, as in `evaluation.general.tasks`; empty = those."""
     items: int = Field(16, ge=2)
-    """Documents of each general task (those of `evaluation.general`) that a probe scores; always the same ones."""
+    """Documents of each task that a probe scores; always the same ones."""
     max_drop: float = Field(0.03, gt=0, lt=1)
     """Drop of the mean over tasks against the policy's own start; acted upon if its interval also excludes 0."""
     kl_factor: float = Field(2.0, gt=1)
@@ -312,7 +314,7 @@ class LagrangianSection(Section):
     enabled: bool = False
     """Off: plain PPO on the reward alone."""
     cost: RewardSource = TrainedReward()
-    """What costs come from: cost = -(its normalised score). trained: the model of the recipe's `cost` section."""
+    """What costs come from. A model's cost is -(normalised score); a function or server returns costs, normalised."""
     bound: float = 0.0
     """d, the mean cost allowed, in standard deviations of the base's scores; 0 = as harmful as the base on average."""
     multiplier: float = Field(1.0, gt=0)

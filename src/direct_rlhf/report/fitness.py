@@ -1,16 +1,15 @@
-"""The reward model's fitness card, from reward_model/fitness.json."""
+"""The fitness cards of the reward model and, after PPO-Lagrangian, of the cost model, from their fitness.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from direct_rlhf.report import plots
-from direct_rlhf.report.parts import Cell, Links, Picture, Table
+from direct_rlhf.report.parts import Cell, Links, Picture, Table, run_labels
 from direct_rlhf.report.read import RunData, count, estimate, mapping, number
 from direct_rlhf.report.samples import visible
 from direct_rlhf.report.words import NOT_MEASURED, show_estimate, show_number
 
-FILE = "reward_model/fitness.json"
 SHARES = (
     ("longer_is_chosen", "Rule “the longer answer” (for comparison)"),
     ("empty_below_chosen", "Chosen scores above an empty answer"),
@@ -21,12 +20,14 @@ GAINS = (
     ("praise_after_gain", "Praise after the answer adds (sd)"),
     ("repetition_gain", "Saying the answer twice adds (sd)"),
 )
+COST_NOTE = "It scores as a reward model does, the harmless answer above the harmful one; a cost is minus its score."
 VERDICT_TONES = {"pass": "good", "warn": "none", "fail": "bad"}
 
 
 @dataclass(frozen=True)
 class Card:
-    label: str
+    label: str  # "" where there is no other to tell it from
+    note: str
     verdict: str | None
     tone: str
     reasons: list[str]
@@ -35,13 +36,31 @@ class Card:
     href: str | None
 
 
-def card(run: RunData, label: str, links: Links) -> Card:
+def cards(runs: Sequence[RunData], links: Links) -> list[list[Card]]:
+    """For each run the card of its reward model and, where there is one, that of its cost model."""
+    return [
+        _cards(run, label, links) for run, label in zip(runs, run_labels(runs) if len(runs) > 1 else [""], strict=True)
+    ]
+
+
+def _cards(run: RunData, label: str, links: Links) -> list[Card]:
+    reward, cost = (links.to(run, f"{which}_model/fitness.json") for which in ("reward", "cost"))
+    if not run.cost_fitness:
+        return [_card(run.fitness, label, "", reward)]
+    before = f"{label} · " if label else ""
+    return [
+        _card(run.fitness, f"{before}Reward model", "", reward),
+        _card(run.cost_fitness, f"{before}Cost model", COST_NOTE, cost),
+    ]
+
+
+def _card(content: Mapping[str, Any], label: str, note: str, href: str | None) -> Card:
     """The card; with no file every part of it is empty and the verdict None."""
-    content = run.fitness
     verdict = str(content["verdict"]) if content.get("verdict") else None
     reasons = content.get("reasons")
     return Card(
         label=label,
+        note=note,
         verdict=verdict and visible(verdict),
         tone=VERDICT_TONES.get(str(verdict).lower(), "missing"),
         reasons=[visible(reason) for reason in reasons] if isinstance(reasons, list) else [],
@@ -57,7 +76,7 @@ def card(run: RunData, label: str, links: Links) -> Card:
             )
             if svg is not None
         ],
-        href=links.to(run, FILE),
+        href=href,
     )
 
 
@@ -104,7 +123,7 @@ def _number_list(value: object) -> list[float]:
 def _histogram(content: Mapping[str, Any]) -> Any:
     histogram = mapping(content.get("margin_histogram"))
     edges, counts = _number_list(histogram.get("edges")), _number_list(histogram.get("counts"))
-    return plots.histogram("Reward margins", edges, counts, "score(chosen) − score(rejected), base-model sd")
+    return plots.histogram("Score margins", edges, counts, "score(chosen) − score(rejected), base-model sd")
 
 
 def _calibration(content: Mapping[str, Any]) -> Any:

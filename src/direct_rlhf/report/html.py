@@ -84,6 +84,7 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
         "curves": training.main_curves(runs),
         "more_curves": training.more_curves(runs),
         "alerts": training.alerts(runs),
+        "guard": training.guard_lines(runs),
         "metric_files": _files(runs, "metrics.jsonl", links),
         "frontier": training.frontier(runs),
         "general": _pictures(
@@ -93,13 +94,14 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
         "conversation": _conversation(series),
         "toxicity": _pictures([(_bars(series, key), BY_KEY[key].note) for key in RATE_KEYS]),
         "classifiers": sorted({one.arm.classifier for one in series if one.arm.classifier}),
-        "fitness": [fitness.card(run, label, links) for label, run in zip(run_labels(runs), runs, strict=True)],
+        "fitness": fitness.cards(runs, links),
         "ending_curves": training.ending_curves(runs),
         "lengths": sections.length_table(series, links),
         "redacted": redact_samples,
         "samples": [] if redact_samples else [_samples(run, links) for run in runs],
         "missing": [line for label, run in _named(runs) for line in sections.not_measured(run, label)],
         "data": sections.data_table(runs, links),
+        "overlap": sections.overlap_lines(runs, links),
         "stages": sections.stage_table(runs, links),
         "reproduce": [_reproduce(label, run, links) for label, run in zip(run_labels(runs), runs, strict=True)],
     }

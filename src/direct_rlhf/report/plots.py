@@ -64,7 +64,10 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel; ``run`` chooses the dashes. ``light`` marks a companion (a percentile, say)."""
+    """One line of a panel; ``run`` chooses the dashes. ``light`` marks a companion (a percentile, say).
+
+    ``intervals`` are drawn as upright bars, one a point; None where a point has none.
+    """
 
     arm: str
     x: Sequence[float]
@@ -72,6 +75,7 @@ class Line:
     run: int = 0
     markers: bool = False
     light: bool = False
+    intervals: Sequence[tuple[float, float] | None] = ()
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,18 @@ def curves(
     lines = [line for line in lines if len(line.x)]
     if not lines:
         return None
+    steps = [x for line in lines for x in line.x]
+    apart = 0.015 * (max(steps) - min(steps))  # between lines with intervals, which would cover each other
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=unit)
-        for line in lines:
-            axes.plot(line.x, line.y, **_line_style(line))
+        for place, line in enumerate(lines):
+            shift = apart * (place - (len(lines) - 1) / 2) if line.intervals else 0.0
+            at = [x + shift for x in line.x]
+            axes.plot(at, line.y, **_line_style(line))
+            bars = [(x, *ends) for x, ends in zip(at, line.intervals, strict=False) if ends is not None]
+            if bars:
+                axes.vlines(*zip(*bars, strict=True), color=colour(line.arm), linewidth=1.2, alpha=0.65)
         if level is not None:
             axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
             axes.annotate(

@@ -97,6 +97,7 @@ class RunData:
     reference: str  # the arm that the others are compared with
     comparisons: tuple[Difference, ...]
     fitness: Mapping[str, Any]
+    cost_fitness: Mapping[str, Any]  # of a cost model, which PPO-Lagrangian has
     metrics: Mapping[str, Sequence[Mapping[str, Any]]]  # stage -> lines in the order of steps
     alerts: Sequence[Mapping[str, Any]]  # lines of alerts.jsonl
     stages: Mapping[str, Mapping[str, Any]]  # stage -> its record, in the order in which they ended
@@ -194,6 +195,7 @@ def read_run(path: Path) -> RunData:
     seed = count(recipe.get("seed", manifest.get("seed")))
     metrics = _read_metrics(path, problems)
     files = sorted((path / "stages").glob("*.json"))
+    cost_card = path / "cost_model" / "fitness.json"
     records = {file.stem: mapping(read_json(file, problems, path)) for file in files}
     stages = dict(sorted(records.items(), key=lambda one: str(one[1].get("finished", ""))))
     seconds = {name: x for name, record in stages.items() if (x := number(record.get("seconds"))) is not None}
@@ -209,6 +211,7 @@ def read_run(path: Path) -> RunData:
         reference=reference,
         comparisons=comparisons,
         fitness=mapping(read_json(path / "reward_model" / "fitness.json", problems, path)),
+        cost_fitness=mapping(read_json(cost_card, problems, path)) if cost_card.exists() else {},
         metrics=metrics,
         alerts=tuple(read_jsonl(path / "alerts.jsonl", problems)),
         stages=stages,

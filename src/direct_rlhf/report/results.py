@@ -1,5 +1,6 @@
 """results.json: the run's headline numbers under names that other tools rely on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ def write_results(run: Path) -> Path:
 
 
 def results(run: RunData) -> dict[str, Any]:
-    accuracy = estimate(run.fitness.get("accuracy"), run.fitness.get("ci"))
     return {
         "arms": {arm.name: _arm(arm) for arm in run.arms},
         "comparisons": [
@@ -29,14 +29,20 @@ def results(run: RunData) -> dict[str, Any]:
             }
             for row in run.comparisons
         ],
-        "reward_model": {
-            "accuracy": accuracy.value if accuracy else None,
-            "ci": _ci(accuracy),
-            "verdict": run.fitness.get("verdict"),
-        },
+        "reward_model": _fitness(run.fitness),
+        **({"cost_model": _fitness(run.cost_fitness)} if run.cost_fitness else {}),
         "seconds": dict(run.seconds),
         "seed": run.seed,
         "recipe_sha256": run.recipe_sha256,
+    }
+
+
+def _fitness(card: Mapping[str, Any]) -> dict[str, Any]:
+    accuracy = estimate(card.get("accuracy"), card.get("ci"))
+    return {
+        "accuracy": accuracy.value if accuracy else None,
+        "ci": _ci(accuracy),
+        "verdict": card.get("verdict"),
     }
 
 

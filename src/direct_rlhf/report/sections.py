@@ -179,11 +179,38 @@ def data_table(runs: Sequence[RunData], links: Links) -> Table:
     for index, run in enumerate(runs):
         inputs = mapping(mapping(run.stages.get("data")).get("facts"))
         for name, found in inputs.items():
+            if name == "overlap":
+                continue
             label = visible(name if len(runs) == 1 else f"{names[index]} · {name}")
             counts = {str(key): n for key, value in mapping(found).items() if (n := count(value)) is not None}
             text = ", ".join(f"{visible(key.replace('_', ' '))} {n}" for key, n in counts.items() if n)
             rows.append((Cell(label, strong=True), Cell(text, href=links.to(run, "stages/data.json"))))
     return Table(("Input", "Rows"), tuple(rows))
+
+
+def overlap_lines(runs: Sequence[RunData], links: Links) -> list[Cell]:
+    """How much of what the evaluation asks stands in the training rows, as sentences; none for a run without data."""
+    said = []
+    for name, run in zip(run_labels(runs) if len(runs) > 1 else [""], runs, strict=True):
+        if "data" not in run.stages:
+            continue
+        facts = mapping(mapping(run.stages["data"].get("facts")).get("overlap"))
+        rows, items, compared = (count(facts.get(key)) for key in ("rows", "items", "compared"))
+        if rows is None or items is None or not compared:
+            line = "Whether training rows ask what the evaluation asks was not compared."
+        elif rows:
+            line = (
+                f"What {items} of {compared} evaluation items ask stands in {rows} training rows too, so the results "
+                "on these items show less."
+            )
+        else:
+            line = f"What the evaluation asks stands in no training row (0 of {compared} items)."
+        left_out = facts.get("not_compared")
+        if isinstance(left_out, list) and left_out:
+            line += f" Not compared, as their documents are not local files: {', '.join(map(str, left_out))}."
+        text = visible(f"{name}: {line}" if name else line)
+        said.append(Cell(text, href=links.to(run, "overlap.jsonl") if rows else None, tone="bad" if rows else ""))
+    return said
 
 
 def stage_table(runs: Sequence[RunData], links: Links) -> Table:
@@ -235,6 +262,8 @@ def not_measured(run: RunData, label: str) -> list[str]:
         said.append("There is no paired comparison between arms, so nothing is called better or worse.")
     if not run.fitness:
         said.append("The fitness of the reward model.")
+    if mapping(mapping(run.recipe.get("ppo")).get("lagrangian")).get("enabled") is True and not run.cost_fitness:
+        said.append("The fitness of the cost model.")
     device = str(_anywhere(run.stages, "device") or run.recipe.get("device") or "auto")
     if device == "auto":
         said.append("Which device the run used is not recorded: its times say nothing about another machine.")
@@ -276,6 +305,7 @@ def raw_files(run: RunData, links: Links) -> list[tuple[str, str | None]]:
         "rejected.jsonl",
     )
     found = [*fixed, "results.json", "evaluation/comparisons.json", "reward_model/fitness.json"]
+    found += [name for name in ("cost_model/fitness.json", "overlap.jsonl") if (run.path / name).exists()]
     for arm in run.arms:
         files = (f"evaluation/{arm.name}/{suite}{kind}" for suite in SUITES for kind in (".json", ".jsonl"))
         found += [name for name in files if (run.path / name).exists()]

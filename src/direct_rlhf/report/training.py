@@ -7,13 +7,19 @@ from typing import Any
 from direct_rlhf.report import plots
 from direct_rlhf.report.parts import Picture, stage_label
 from direct_rlhf.report.plots import Line
-from direct_rlhf.report.read import RunData, mapping, number
+from direct_rlhf.report.read import Difference, RunData, count, mapping, number
 from direct_rlhf.report.samples import visible
-from direct_rlhf.report.words import arm_label
+from direct_rlhf.report.words import arm_label, show_difference
 
 Row = Mapping[str, Any]
 Read = Callable[[Row], float | None]
-STAGE_LABELS = {"reward": "reward model", "reward_model": "reward model"}
+STAGE_LABELS = {
+    **dict.fromkeys(("reward", "reward_model"), "reward model"),
+    **dict.fromkeys(("cost", "cost_model"), "cost model"),
+}
+STEP_FAULTS = ("gradient_spike", "nonfinite_step")  # of single optimiser steps, so there may be many
+SHOWN_FAULTS = 3  # of one kind and stage; the rest are counted
+SHOWN_IDS = 3  # of an alert's batch
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,19 @@ class Panel:
     zero: bool = False
     share: bool = False
     markers: bool = False
+    interval: tuple[Read, Read] | None = None  # its ends
     level: tuple[str, ...] = ()  # where the recipe holds the dashed line's height
+    level_label: str = "target"  # "" where data lie in its way; then the caption says it
+    level_scale: float = 1.0  # from the recipe's unit to the panel's
 
 
 def _key(name: str) -> Read:
     return lambda row: number(row.get(name))
+
+
+def _points_of(name: str) -> Read:
+    """A share as percentage points."""
+    return lambda row: None if (share := number(row.get(name))) is None else 100 * share
 
 
 def _finished(row: Row) -> float | None:
@@ -71,6 +85,43 @@ MAIN = (
         "share",
         _key("explained_variance"),
         caption="1: the critic foresees the return; below 0: worse than a constant.",
+    ),
+    Panel(
+        "General skill while training",
+        "points against PPO's start",
+        _points_of("probe_difference"),
+        markers=True,
+        interval=(_points_of("probe_difference_low"), _points_of("probe_difference_high")),
+        level=("ppo", "guard", "max_drop"),
+        level_label="",
+        level_scale=-100,
+        caption="On the same few documents of every general task; bars: 95 % intervals; dashed: the guard's bound.",
+    ),
+    Panel(
+        "Cost",
+        "normalised cost",
+        _key("cost_window_mean"),
+        light=_key("cost_mean"),
+        level=("ppo", "lagrangian", "bound"),
+        level_label="",
+        caption="Mean of the last episodes, which the multiplier follows; thin: this iteration's; dashed: the bound.",
+    ),
+    Panel(
+        "Held-out cost",
+        "normalised cost",
+        _key("held_out_cost"),
+        markers=True,
+        interval=(_key("held_out_cost_low"), _key("held_out_cost_high")),
+        level=("ppo", "lagrangian", "bound"),
+        level_label="",
+        caption="On prompts kept out of training; bars: 95 % intervals; dashed: the bound.",
+    ),
+    Panel(
+        "Cost multiplier",
+        "lambda",
+        _key("multiplier"),
+        zero=True,
+        caption="What a unit of cost weighs against a unit of reward; it rises while costs are over their bound.",
     ),
 )
 ENDINGS = (
@@ -133,8 +184,8 @@ def _pictures(runs: Sequence[RunData], panels: Sequence[Panel]) -> list[Picture]
             _lines(runs, panel),
             zero=panel.zero,
             share=panel.share,
-            level=level,
-            level_label="target" if level is not None else "",
+            level=None if level is None else panel.level_scale * level,
+            level_label=panel.level_label,
         )
         if svg is not None:
             found.append(Picture(svg, panel.caption))
@@ -142,10 +193,14 @@ def _pictures(runs: Sequence[RunData], panels: Sequence[Panel]) -> list[Picture]
 
 
 def _level(run: RunData, keys: Sequence[str]) -> float | None:
+    return number(_recipe_value(run, keys))
+
+
+def _recipe_value(run: RunData, keys: Sequence[str]) -> Any:
     inner: Any = run.recipe
     for key in keys:
         inner = mapping(inner).get(key)
-    return number(inner)
+    return inner
 
 
 def _lines(runs: Sequence[RunData], panel: Panel) -> list[Line]:
@@ -155,8 +210,19 @@ def _lines(runs: Sequence[RunData], panel: Panel) -> list[Line]:
             for read, light in ((panel.light, True), (panel.read, False)):
                 if read is not None:
                     x, y = _points(rows, _key("step"), read)
-                    lines.append(Line(stage, x, y, run=index, markers=panel.markers, light=light))
+                    ends = () if light else _intervals(rows, read, panel.interval)
+                    lines.append(Line(stage, x, y, index, panel.markers, light, ends))
     return lines
+
+
+def _intervals(
+    rows: Sequence[Row], read: Read, ends: tuple[Read, Read] | None
+) -> tuple[tuple[float, float] | None, ...]:
+    """The interval of each of the points that `_points` finds; None where half of it is missing."""
+    if ends is None:
+        return ()
+    found = [(ends[0](row), ends[1](row)) for row in rows if _key("step")(row) is not None and read(row) is not None]
+    return tuple(None if low is None or high is None else (low, high) for low, high in found)
 
 
 def _points(rows: Sequence[Row], read_x: Read, read_y: Read) -> tuple[list[float], list[float]]:
@@ -180,17 +246,98 @@ def frontier(runs: Sequence[RunData]) -> Picture | None:
     return Picture(svg, caption) if svg is not None else None
 
 
-def alerts(runs: Sequence[RunData]) -> list[str]:
-    """What the collapse detectors said: what was seen, the usual cause, and what to do."""
+def guard_lines(runs: Sequence[RunData]) -> list[str]:
+    """What the capability guard saw and did in each PPO stage for which it was on."""
     said = []
     for index, run in enumerate(runs):
-        for alert in run.alerts:
-            where = f"{stage_label(str(alert.get('stage')), index, runs)}, iteration {alert.get('step')}"
-            seen = alert.get("seen") or str(alert.get("name")).replace("_", " ")
-            more = [
-                f"{word}: {alert[key]}"
-                for key, word in (("cause", "Usual cause"), ("remedy", "What to do"))
-                if alert.get(key)
-            ]
-            said.append(visible(" ".join([f"{where}: {seen}", *more])))
+        wanted = _recipe_value(run, ("ppo", "guard", "action")) not in (None, "off")
+        for stage in dict.fromkeys([*run.metrics, *run.stages]):
+            rows = run.metrics.get(stage, ())
+            facts = mapping(mapping(mapping(run.stages.get(stage)).get("facts")).get("guard"))
+            probed = [row for row in rows if number(row.get("probe_difference")) is not None]
+            if facts or probed or (wanted and is_rl(rows)):
+                said.append(visible(f"{stage_label(stage, index, runs)}: {_guard_line(run, facts, probed)}"))
     return said
+
+
+def _guard_line(run: RunData, facts: Mapping[str, Any], probed: Sequence[Row]) -> str:
+    """Two sentences: what the probes showed, and what was done. ``probed`` are the metrics lines that have a probe."""
+    n = count(facts.get("probes")) or len(probed)
+    if not n:
+        return "the capability guard was on, but no probe of general skill is recorded."
+    worst = _worst(facts, probed)
+    bound = number(facts.get("max_drop", _level(run, ("ppo", "guard", "max_drop"))))
+    limit = "" if bound is None else f" (its bound: a drop of {100 * bound:.3g} points)"
+    seen = f"the worst difference was {worst}{limit}" if worst else "what they showed is not recorded"
+    looks = "once" if n == 1 else f"{n} times"
+    return f"the capability guard looked at general skill {looks}; {seen}. {_guard_actions(run, facts)}"
+
+
+def _worst(facts: Mapping[str, Any], probed: Sequence[Row]) -> str:
+    """The lowest difference from the start, with its interval where its metrics line is there; "" if none is known."""
+    lowest = min(probed, key=lambda row: row["probe_difference"], default={})
+    value, known = number(lowest.get("probe_difference")), number(facts.get("worst"))
+    if known is not None and (value is None or known < value):  # its line is lost
+        return f"{show_difference(_difference(known))} against PPO's start"
+    if value is None:
+        return ""
+    ends = number(lowest.get("probe_difference_low")), number(lowest.get("probe_difference_high"))
+    return f"{show_difference(_difference(value, *ends))} against PPO's start, at iteration {lowest['step']:.0f}"
+
+
+def _difference(value: float, low: float | None = None, high: float | None = None) -> Difference:
+    return Difference("", "", "", value, low, high, None)
+
+
+def _guard_actions(run: RunData, facts: Mapping[str, Any]) -> str:
+    action = facts.get("action", _recipe_value(run, ("ppo", "guard", "action")))
+    raises, stopped = count(facts.get("raises")), facts.get("stopped")
+    if raises is None or not isinstance(stopped, bool):
+        return "What it did is not recorded."
+    raised = {0: "never raised the KL weight", 1: "raised the KL weight once"}.get(
+        raises, f"raised the KL weight {raises} times"
+    )
+    ended = "stopped the run" if stopped else "did not stop the run"
+    return f"It {ended}." if action == "stop" and not raises else f"It {raised} and {ended}."
+
+
+def alerts(runs: Sequence[RunData]) -> list[str]:
+    """What the detectors and the guard said: what was seen, the usual cause, what to do, and which batch it was.
+
+    Of the many single steps that may be at fault the first few are shown, the others counted.
+    """
+    said = []
+    for index, run in enumerate(runs):
+        more: dict[tuple[str, str], list[Row]] = {}
+        for alert in run.alerts:
+            kind = (str(alert.get("stage")), str(alert.get("name")))
+            more.setdefault(kind, []).append(alert)
+            if kind[1] not in STEP_FAULTS or len(more[kind]) <= SHOWN_FAULTS:
+                said.append(_alert_line(alert, f"{_when(alert, index, runs)}: "))
+        for (_, name), rows in more.items():
+            hidden = len(rows) - SHOWN_FAULTS
+            if name in STEP_FAULTS and hidden > 0:
+                which = "one more" if hidden == 1 else f"the last of {hidden} more"
+                what = name.replace("_", " ")
+                said.append(visible(f"{_when(rows[-1], index, runs)}: {what}, {which} (alerts.jsonl)."))
+    return said
+
+
+def _when(alert: Row, index: int, runs: Sequence[RunData]) -> str:
+    """`direct PPO, iteration 12`; single steps are counted where a stage has no iterations."""
+    stage = str(alert.get("stage"))
+    unit = "iteration" if is_rl(runs[index].metrics.get(stage, ())) or stage.endswith("ppo") else "step"
+    return f"{stage_label(STAGE_LABELS.get(stage, stage), index, runs)}, {unit} {alert.get('step')}"
+
+
+def _alert_line(alert: Row, where: str) -> str:
+    seen = alert.get("seen") or str(alert.get("name")).replace("_", " ")
+    parts = [
+        f"{word}: {alert[key]}" for key, word in (("cause", "Usual cause"), ("remedy", "What to do")) if alert.get(key)
+    ]
+    batch = alert.get("batch")
+    if isinstance(batch, list) and batch:
+        rest = len(batch) - SHOWN_IDS
+        ids = ", ".join(map(str, batch[:SHOWN_IDS]))
+        parts.append(f"Batch: {ids}{f' and {rest} more (alerts.jsonl)' if rest > 0 else ''}.")
+    return visible(where + " ".join([str(seen), *parts]))

@@ -100,7 +100,7 @@ class _Worker:
             while (item := self._queue.get()) is not None:
                 adapter.log(*item)
             adapter.close()
-        except Exception as error:  # whatever a logging library raises, the run is worth more
+        except (Exception, SystemExit) as error:  # whatever a logging library raises, the run is worth more
             log.warning(
                 "%s: failed and is dropped; metrics.jsonl goes on (%s: %s)", self._name, type(error).__name__, error
             )

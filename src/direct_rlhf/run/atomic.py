@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,31 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def is_disk_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_disk_full(error: BaseException) -> bool:
+    """Also where safetensors says it, as text in a class of its own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"os error {errno.ENOSPC}" in str(error)
+
+
+@contextlib.contextmanager
+def full_disk_explained(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turns a full disk into a DirectRLHFError with needed (where known) and free bytes; other errors pass.
+
+    For writes that leave the state before them intact.
+    """
+    try:
+        yield
+    except DirectRLHFError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        free = free_bytes(path.parent)
+        room = f"{free} bytes free" if needed is None else f"{needed} bytes needed, {free} free"
+        raise DirectRLHFError(
+            f"{path}: the disk is full: {room}. What was there before is intact. Make room, then use --resume."
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,16 +91,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Errors: DirectRLHFError with needed and free bytes when the disk is full; other OSErrors pass.
     """
     content = data.encode() if isinstance(data, str) else data
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write_file(temporary, content)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the leftover is hidden and harmless; the first error matters
-            temporary.unlink(missing_ok=True)
-        raise _explained(error, path, len(content)) from error
+    with full_disk_explained(path, len(content)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_file(temporary, content)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):  # the leftover is hidden and harmless; the first error matters
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def dumps(obj: Any, *, indent: int | None = None, sort_keys: bool = True) -> bytes:
@@ -134,8 +158,8 @@ def append_jsonl(path: Path, obj: Any, *, sync: bool = True) -> None:
     ``sync`` waits until the disk has it, for what must not be paid or computed twice.
     """
     line = dumps(obj, sort_keys=False) + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with full_disk_explained(path, len(line)):
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             _mend_tail(descriptor, path)
@@ -144,8 +168,6 @@ def append_jsonl(path: Path, obj: Any, *, sync: bool = True) -> None:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise _explained(error, path, len(line)) from error
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
@@ -200,12 +222,3 @@ def _mend_tail(descriptor: int, path: Path) -> None:
     except ValueError:
         log.warning("%s: the last line was cut off (%d bytes) and is removed", path, len(content) - whole)
         os.ftruncate(descriptor, whole)
-
-
-def _explained(error: OSError, path: Path, needed: int) -> Exception:
-    if not is_disk_full(error):
-        return error
-    return DirectRLHFError(
-        f"{path}: the disk is full: {needed} bytes needed, {free_bytes(path.parent)} free. What was there before is "
-        "intact. Make room, then use --resume."
-    )

@@ -5,7 +5,6 @@ and SHA-256 of every file), written last. The folder is built under a hidden nam
 makes ``step_NNNNNN.1``, ``.2``, ...: the old copy goes only when the new one is in place.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -41,6 +40,15 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+
+    def part(self, name: str) -> Any:
+        """One entry of the state. CheckpointError if it is absent: another release did not write it."""
+        if name not in self.state:
+            raise CheckpointError(
+                f"{self.path}: its state has no {name!r}, so another release of direct-rlhf has written it. Use the "
+                "release named in manifest.json, or start again with --overwrite."
+            )
+        return self.state[name]
 
     def tensors(self, group: str) -> "dict[str, Tensor]":
         """The tensors of one group, on the CPU. CheckpointError if the checkpoint has no such group."""
@@ -88,7 +96,7 @@ class CheckpointStore:
             sync_folder(self.folder)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if _is_disk_full(error):
+            if is_disk_full(error.__cause__ or error):  # the cause, where our own writer has explained it
                 raise self._no_room(step, needed) from error
             raise CheckpointError(f"{self.folder}: step {step} could not be saved ({error})") from error
         point("checkpoint.saved")
@@ -247,12 +255,6 @@ def _storable(group: str, named: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
         result[name] = flat.clone() if storage in seen else flat
         seen.add(storage)
     return result
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Also where our own writer has explained it, and where safetensors says it as text in a class of its own."""
-    cause = error.__cause__ or error
-    return is_disk_full(cause) if isinstance(cause, OSError) else f"os error {errno.ENOSPC}" in str(cause)
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:

@@ -19,6 +19,7 @@ from direct_rlhf.run.adapters import Adapters, check_extras
 from direct_rlhf.run.atomic import (
     append_jsonl,
     finite,
+    full_disk_explained,
     read_json,
     read_jsonl,
     safe_name,
@@ -78,7 +79,12 @@ class RunDirectory:
             raise ConfigError("--resume and --overwrite: choose one")
         check_extras(loaded.recipe.logging.adapters)
         path = root / safe_name(loaded.recipe.name, "name")
-        _check_writable(root)
+        with full_disk_explained(path):
+            return cls._open(path, loaded, resume=resume, overwrite=overwrite)
+
+    @classmethod
+    def _open(cls, path: Path, loaded: Loaded, *, resume: bool, overwrite: bool) -> Self:
+        _check_writable(path.parent)
         _bring_back(path)
         if not path.exists():
             _move_in(_set_up(path, loaded), path)
@@ -108,7 +114,7 @@ class RunDirectory:
         Errors: ConfigError, naming the process, when another one is writing.
         """
         recipe = self.recipe
-        with lock(self.path):
+        with full_disk_explained(self.path), lock(self.path):
             folder = self._new_attempt()
             self._adapters = Adapters(self.path, recipe, run_id=self.manifest["id"])
             try:
@@ -268,7 +274,8 @@ def _log_to(path: Path) -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
         logger.setLevel(level)
-        file.close()
+        with contextlib.suppress(OSError):  # a last line that does not fit on the disk is not worth the run
+            file.close()
 
 
 def _record(stage: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,8 +314,10 @@ def _set_up(path: Path, loaded: Loaded) -> Path:
 def _move_in(fresh: Path, path: Path) -> None:
     try:
         os.rename(fresh, path)
-    except OSError as error:  # another process has made it in the meantime
+    except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        if not path.exists():
+            raise
         raise ConfigError(f"{path}: another process has just made this run. Use --resume once it has ended.") from error
     sync_folder(path.parent)
 
@@ -336,8 +345,14 @@ def _set_aside(path: Path) -> Path:
 
 def _stored_recipe(path: Path) -> Recipe:
     try:
-        return Recipe.model_validate(yaml.safe_load((path / RECIPE).read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        text = (path / RECIPE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path / RECIPE}: cannot be read ({error.strerror}). Has the run been moved or deleted? Start it again."
+        ) from error
+    try:
+        return Recipe.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
         raise CheckpointError(
             f"{path / RECIPE}: cannot be read by this release of direct-rlhf. Use the release named in {MANIFEST}, or "
             f"start again with --overwrite. ({error})"

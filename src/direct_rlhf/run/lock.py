@@ -33,7 +33,8 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError), _guarded(folder / LOCK, create=False) as descriptor:
+        # What a failed release leaves names a process that is soon dead
+        with contextlib.suppress(OSError), _guarded(folder / LOCK, create=False) as descriptor:
             if _is_alike(_read(descriptor), _myself()):
                 _write(descriptor, None)
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -18,6 +20,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._asked = False
+        self._at_once = False
         self._old: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
@@ -33,9 +36,36 @@ class StopFlag:
             signal.signal(number, handler)
         self._old = {}
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block the first signal, too, raises KeyboardInterrupt; so does one from before it.
+
+        For work that loses nothing by being broken off anywhere, and so need not ask.
+        """
+        with self._obeyed(at_once=True):
+            if self._asked:
+                raise KeyboardInterrupt
+            yield
+
+    @contextmanager
+    def at_borders(self) -> Iterator[None]:
+        """Inside ``at_once``: a block that reads the flag where it may be broken off."""
+        with self._obeyed(at_once=False):
+            yield
+
+    @contextmanager
+    def _obeyed(self, *, at_once: bool) -> Iterator[None]:
+        before, self._at_once = self._at_once, at_once
+        try:
+            yield
+        finally:
+            self._at_once = before
+
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        message = f"\n{signal.Signals(number).name}: saving and stopping; a second signal stops at once\n"
-        os.write(2, message.encode())  # print() may not be called again from inside itself
+        what = "stopping" if self._at_once else "saving and stopping; a second signal stops at once"
+        os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())  # print() may not be called inside itself
+        if self._at_once:
+            raise KeyboardInterrupt

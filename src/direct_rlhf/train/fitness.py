@@ -67,7 +67,7 @@ def check_reward_model(
         "fitness" if which == "reward" else f"{which}_fitness",
         {name: card[name] for name in ("verdict", "accuracy", "ci", "n")},
     )
-    print_fitness(card, console or Console(stderr=True))
+    print_fitness(card, console or Console(stderr=True), f"{which} model")
     return card
 
 
@@ -191,9 +191,9 @@ def judge(card: Card, section: FitnessSection) -> tuple[str, list[str]]:
     return ("warn" if reasons else "pass"), reasons
 
 
-def print_fitness(card: Card, console: Console) -> None:
+def print_fitness(card: Card, console: Console, what: str = "reward model") -> None:
     """The card as a table, its verdict and reasons below."""
-    table = Table(title="Reward model: fitness", title_justify="left")
+    table = Table(title=f"{what.capitalize()}: fitness", title_justify="left")
     for column in ("check", "result"):
         table.add_column(column)
     table.add_row("held-out accuracy", _share(card))

@@ -31,7 +31,7 @@ CHECKPOINT_EVERY = 200  # steps
 HELD_OUT_CHECKS = 5  # times within a training that the held-out data are looked at, beside its start
 HELD_OUT_ITEMS = 512  # of them; the fitness card and the evaluation look at all
 SHOWN = ("loss", "accuracy", "held_out_accuracy", "held_out_loss")
-
+TRAINING, CHECKING = "training", "held-out check"  # phases, each with a chunk size of its own
 
 StepsSection = SupervisedSection | DpoSection | RewardSection
 
@@ -48,6 +48,22 @@ class Task:
     # The last argument of both is the number of padded slots that one forward pass may hold; it changes no result.
     accumulate: Callable[[list[int], int], dict[str, float]]  # gradients of the rows' mean loss; metrics with "loss"
     evaluate: Callable[[int], dict[str, float]]  # metrics on held-out data, {} if there are none
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a step that was just done leaves to be written."""
+
+    metrics: dict[str, float]
+    alert: dict[str, Any] | None
+
+    def state(self) -> dict[str, Any]:
+        texts = {name: repr(value) for name, value in self.metrics.items()}  # the store refuses NaN, these may hold it
+        return {"metrics": texts, "alert": self.alert}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "_Done":
+        return cls({name: float(text) for name, text in state["metrics"].items()}, state["alert"])
 
 
 def total_steps(section: StepsSection, items: int) -> int:
@@ -68,22 +84,27 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
     steps = total_steps(section, len(task.ids))
     named = {name: parameter for name, parameter in task.module.named_parameters() if parameter.requires_grad}
     optimiser = Optimiser(named.values(), section.optimiser, steps)
-    chunk = ChunkSize(f"{task.stage}, training", BATCH_TOKENS, ctx.say)
+    chunks = {phase: ChunkSize(f"{task.stage}, {phase}", BATCH_TOKENS, ctx.say) for phase in (TRAINING, CHECKING)}
     store = ctx.run.checkpoints(task.stage, keep=1)
     checkpoint = store.latest()
-    pending: dict[str, float] | None = None  # metrics of a step whose held-out check was broken off
+    pending: _Done | None = None  # a step whose held-out check was broken off
     if checkpoint is not None:
         _restore(checkpoint, named, optimiser, task.stage)
-        chunk.size, pending = checkpoint.state["chunk"], checkpoint.state["pending"]
+        for phase, size in checkpoint.state["chunks"].items():
+            chunks[phase].size = size
+        kept = checkpoint.state["pending"]
+        pending = None if kept is None else _Done.from_state(kept)
     metrics = ctx.run.metrics(task.stage)
     metrics.rewind(optimiser.steps - (pending is not None) if checkpoint else -1)
 
     def save() -> None:
         tensors, state = pack(optimiser.state())
+        sizes = {phase: chunk.size for phase, chunk in chunks.items()}
+        kept = None if pending is None else pending.state()
         store.save(
             optimiser.steps,
             {"model": named, "optimiser": tensors},
-            {"optimiser": state, "chunk": chunk.size, "pending": pending},
+            {"optimiser": state, "chunks": sizes, "pending": kept},
         )
 
     def gradients(rows: list[int]) -> dict[str, float]:
@@ -91,13 +112,13 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
             optimiser.forget()  # those of an attempt that ran out of memory
             return task.accumulate(rows, slots)
 
-        return chunk.run(attempt)
+        return chunks[TRAINING].run(attempt)
 
     if optimiser.steps < steps:
         gradients(sorted(range(len(task.ids)), key=lambda row: -task.lengths[row])[: section.batch_size])
         optimiser.forget()
     if checkpoint is None:
-        metrics.log(0, chunk.run(task.evaluate))
+        metrics.log(0, chunks[CHECKING].run(task.evaluate))
     with ctx.progress(task.title, total=steps) as bar:
         bar.advance(optimiser.steps)
         while optimiser.steps < steps or pending is not None:
@@ -108,11 +129,13 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
             checks = {}
             if _checks_now(done, steps):
                 try:
-                    checks = chunk.run(task.evaluate)
+                    checks = chunks[CHECKING].run(task.evaluate)
                 except Interrupted:
                     save()
                     raise
-            values, pending = pending | checks, None
+            values, alert, pending = pending.metrics | checks, pending.alert, None
+            if alert is not None:
+                ctx.run.alert(task.stage, done, alert)
             metrics.log(done, values)
             bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
             if ctx.should_stop() or done % CHECKPOINT_EVERY == 0 or done == steps:
@@ -128,8 +151,8 @@ def _step(
     section: StepsSection,
     optimiser: Optimiser,
     gradients: Callable[[list[int]], dict[str, float]],
-) -> dict[str, float]:
-    """One optimiser step on the batch that its number names; its metrics. A batch with a fault becomes an alert."""
+) -> _Done:
+    """One optimiser step on the batch that its number names. A batch with a fault becomes an alert."""
     step = optimiser.steps
     rows = cycle(len(task.ids), step * section.batch_size, section.batch_size, ctx.recipe.seed, task.stage)
     batch = [task.ids[row] for row in rows]
@@ -140,16 +163,13 @@ def _step(
     except DivergenceError as error:
         ctx.run.alert(task.stage, step + 1, fault_alert("diverged", str(error), batch) | {"last": values})
         raise
+    alert = None
     if taken.fault:
-        ctx.run.alert(task.stage, step + 1, fault_alert(taken.fault, taken.seen, batch))
+        alert = fault_alert(taken.fault, taken.seen, batch)
         ctx.say(f"[{task.stage}] {taken.seen}")
     passes = (step + 1) * section.batch_size / len(task.ids)
-    return values | {
-        "grad_norm": taken.norm,
-        "learning_rate": rate,
-        "epoch": passes,
-        "skipped": float(not taken.taken),
-    }
+    facts = {"grad_norm": taken.norm, "learning_rate": rate, "epoch": passes, "skipped": float(not taken.taken)}
+    return _Done(values | facts, alert)
 
 
 def load_trainee(recipe: Recipe, device: str, adapter: str) -> Any:

@@ -45,6 +45,7 @@ from direct_rlhf.train.step import Optimiser, Step
 from direct_rlhf.train.update import Learner, Position, TextWindows, update
 
 KL_STOP_WINDOW = 5
+LEAST_KL = 0.01  # the weight that the guard's first raise starts from, if the recipe's is smaller
 
 
 @dataclass(frozen=True)
@@ -285,20 +286,28 @@ def _evaluate(trainer: Trainer, iteration: int) -> dict[str, float]:
     if verdict is not None:
         values |= verdict.metrics()
         _guard(trainer, verdict, iteration)
-    safe = verdict is None or not verdict.dropped
-    if trainer.held_out and safe and values["held_out_kl"] <= (section.best_kl_limit or 2 * section.kl.target):
-        reward = values["held_out_reward"]
-        if section.lagrangian.enabled:  # what the Lagrangian is after: reward, less what the costs are over the bound
-            reward -= state.multiplier * max(values["held_out_cost"] - section.lagrangian.bound, 0.0)
-        if state.best is None or reward > state.best["merit"]:
-            state.best = {
-                "iteration": float(iteration),
-                "held_out_reward": values["held_out_reward"],
-                "held_out_kl": values["held_out_kl"],
-                "merit": reward,
-            }
-            trainer.best_store.save(iteration, {POLICY: trainer.roles.state(POLICY)}, {"best": state.best})
+    merit = _merit(section, state, values, verdict, iteration)
+    if merit is not None and (state.best is None or merit > state.best["merit"]):
+        held_out = {name: value for name, value in values.items() if name in ("held_out_reward", "held_out_kl")}
+        state.best = {"iteration": float(iteration), **held_out, "merit": merit}
+        trainer.best_store.save(iteration, {POLICY: trainer.roles.state(POLICY)}, {"best": state.best})
     return values
+
+
+def _merit(
+    section: PpoSection, state: Progress, values: dict[str, float], verdict: guard.Verdict | None, iteration: int
+) -> float | None:
+    """What the best policy is chosen by; None for one that must not be it."""
+    if verdict is not None and verdict.dropped:
+        return None
+    if "held_out_reward" not in values:
+        return None if verdict is None else float(iteration)  # the last one that kept its general skill
+    if values["held_out_kl"] > (section.best_kl_limit or 2 * section.kl.target):
+        return None
+    if not section.lagrangian.enabled:
+        return values["held_out_reward"]
+    over = max(values["held_out_cost"] - section.lagrangian.bound, 0.0)
+    return values["held_out_reward"] - state.multiplier * over
 
 
 def _interval(name: str, x_B: torch.Tensor) -> dict[str, float]:
@@ -338,7 +347,7 @@ def _guard(trainer: Trainer, verdict: guard.Verdict, iteration: int) -> None:
         return
     if section.action == "raise_kl" and state.raises < section.max_raises:
         state.raises += 1
-        state.kl_coefficient = state.kl_floor = state.kl_coefficient * section.kl_factor
+        state.kl_coefficient = state.kl_floor = max(state.kl_coefficient, LEAST_KL) * section.kl_factor
         done = f"The KL weight was raised to {state.kl_coefficient:.3g} ({state.raises} of {section.max_raises})."
     else:
         done = "The run was stopped."
@@ -465,7 +474,7 @@ def _export(trainer: Trainer) -> Path:
     kept = trainer.best_store.latest()
     if kept is not None:
         trainer.roles.load_state(POLICY, kept.tensors(POLICY))
-    if trainer.held_out and state.best is None:
+    if (trainer.held_out or kept is not None) and state.best is None:
         saved = "the one PPO started from" if kept is not None else "the last one"
         skill = " and kept its general skill" if kept is not None else ""
         ctx.say(f"[{trainer.arm}] no evaluated policy stayed under the KL bound{skill}; {saved} is saved")

@@ -96,13 +96,14 @@ def restore(
     checkpoint = store.latest()
     if checkpoint is None:
         return Work()
+    work = checkpoint.part("work")  # before anything is changed
     for role in roles.trained:
         roles.load_state(role, checkpoint.tensors(role))
     for role, optimiser in optimisers.items():
         name = f"{role}_optimiser"
-        optimiser.load_state(unpack(checkpoint.tensors(name), checkpoint.state[name]))
-    for name, value in checkpoint.state["progress"].items():
+        optimiser.load_state(unpack(checkpoint.tensors(name), checkpoint.part(name)))
+    for name, value in checkpoint.part("progress").items():
         setattr(progress, name, value)
-    for name, size in checkpoint.state["chunks"].items():
+    for name, size in checkpoint.part("chunks").items():
         chunks[name].size = size
-    return Work.from_state(unpack(checkpoint.tensors("work"), checkpoint.state["work"]))
+    return Work.from_state(unpack(checkpoint.tensors("work"), work))

@@ -21,6 +21,8 @@ from direct_rlhf.data.types import Turns
 from direct_rlhf.errors import BackendError, ConfigError, DivergenceError
 from direct_rlhf.recipe.schema import HttpReward, PythonReward
 
+RawReward = Callable[[list[dict[str, Any]]], Sequence[float]]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -66,14 +68,14 @@ class ModelRewardSource:
 class CallableReward:
     """Raw scores from user code or an endpoint, normalised by ``mean`` and ``std``."""
 
-    raw: Callable[[list[dict[str, Any]]], Sequence[float]]
+    raw: RawReward
     name: str
     mean: float = 0.0
     std: float = 1.0
     low_quantile: float = 0.0
 
     def score(self, answers: Sequence[Answer]) -> Tensor:
-        return (self.score_raw(answers) - self.mean) / self.std
+        return check_finite((self.score_raw(answers) - self.mean) / self.std, answers, self.name)
 
     def score_raw(self, answers: Sequence[Answer]) -> Tensor:
         items = [
@@ -129,7 +131,7 @@ def load_callable(section: PythonReward | HttpReward, folder: Path) -> CallableR
     return CallableReward(_http(section.url, section.timeout), f"reward endpoint {section.url}")
 
 
-def _import_target(target: str, folder: Path) -> Callable[[list[dict[str, Any]]], Sequence[float]]:
+def _import_target(target: str, folder: Path) -> RawReward:
     module_name, _, function = target.partition(":")
     path = str(folder.resolve())
     sys.path.insert(0, path)
@@ -149,7 +151,7 @@ def _import_target(target: str, folder: Path) -> Callable[[list[dict[str, Any]]]
     return found
 
 
-def _http(url: str, timeout: float) -> Callable[[list[dict[str, Any]]], Sequence[float]]:
+def _http(url: str, timeout: float) -> RawReward:
     def post(items: list[dict[str, Any]]) -> Sequence[float]:
         request = urllib.request.Request(
             url, data=json.dumps({"items": items}).encode(), headers={"Content-Type": "application/json"}

@@ -5,8 +5,10 @@ lora  one trunk; a reward model that was trained as an adapter on this very base
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ from direct_rlhf.run.context import StageContext
 from direct_rlhf.train.experience import Judges
 from direct_rlhf.train.pairs import Which
 from direct_rlhf.train.prompts import base_answers
-from direct_rlhf.train.reward_sources import CallableReward, ModelRewardSource, Reward, load_callable
+from direct_rlhf.train.reward_sources import CallableReward, ModelRewardSource, RawReward, Reward, load_callable
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def start(
     for role, source, folder in wanted:
         if isinstance(source, PythonReward | HttpReward):
             raw = load_callable(source, sources.recipe_folder)
+            if role == COST_CRITIC:  # the user's numbers are costs; a judge's are scores, higher is better
+                raw = replace(raw, raw=partial(_negated, raw.raw))
             judges.append(_normalised(ctx, raw, tokens, prompts, settings, role))
             continue
         assert folder is not None, role
@@ -110,6 +114,10 @@ def _critic(model: RewardModel, role: str, roles: Roles | None) -> dict[str, Sca
     if model.scalar.trunk is roles.policy:
         critic_from_adapter(roles, role, model.adapter, model.scalar.head, facts.mean, sign * facts.std)
     return {}
+
+
+def _negated(costs: RawReward, items: list[dict[str, Any]]) -> list[float]:
+    return [-float(cost) for cost in costs(items)]
 
 
 def _check_fits(ctx: StageContext, model: RewardModel, settings: SamplingSettings) -> None:

@@ -166,11 +166,11 @@ def _minibatch(
         skipped += not taken.taken
         return found | {f"grad_norm_{role}": taken.norm} if taken.fault != "nonfinite_step" else {}
 
-    for role in learner.roles.trained[1:]:
-        values |= step(role, partial(critic_gradients, experience, minibatch, tokens, learner, role))
-    if with_policy:
+    if with_policy:  # first: where it disagrees with the sampler, no critic has been trained either
         values |= step(POLICY, partial(policy_gradients, experience, minibatch, tokens, learner, key))
         values["answer_tokens"] = tokens
+    for role in learner.roles.trained[1:]:
+        values |= step(role, partial(critic_gradients, experience, minibatch, tokens, learner, role))
     return values | {"steps_skipped": skipped}
 
 
@@ -224,6 +224,7 @@ def policy_gradients(
     section, roles, text = learner.section, learner.roles, learner.text
     _, iteration, epoch, start = key
     sums = dict.fromkeys(("policy_loss", "clip_fraction", "k3_old_new", "entropy", "ratio_mean"), 0.0)
+    new_and_old: list[tuple[Tensor, Tensor]] = []  # log-probabilities of all tokens of an iteration's first minibatch
     with roles.acting() as policy:
         for rows, batch, mask in _micro_batches(experience, minibatch, size, roles.device):
             target = torch.zeros_like(batch.action_BL)
@@ -237,7 +238,7 @@ def policy_gradients(
             slots = slice(None, batch.response_slots)
             old_BT = experience.scored.rollout.logprob_BT[rows, slots].to(roles.device)
             if epoch == start == 0:
-                check_ratio(logprob_BT.detach(), old_BT, mask, dtype=roles.dtype, where=f"iteration {iteration}")
+                new_and_old.append((logprob_BT.detach()[mask], old_BT[mask]))
             term = policy_loss(
                 logprob_BT,
                 old_BT,
@@ -255,20 +256,31 @@ def policy_gradients(
             sums["clip_fraction"] += float(term.clip_fraction)
             sums["k3_old_new"] += float(term.k3)
             sums["ratio_mean"] += float(term.ratio_mean)
+        if new_and_old:
+            new_N, old_N = map(torch.cat, zip(*new_and_old, strict=True))
+            check_ratio(new_N, old_N, torch.ones_like(new_N).bool(), dtype=roles.dtype, where=f"iteration {iteration}")
         if text is not None and text.weight > 0:
-            sums["ptx_nll"] = _ptx_backward(policy, text, key, roles.device)
+            sums["ptx_nll"] = _ptx_backward(policy, text, key, roles.device, size)
     total = sums["policy_loss"] + (text.weight * sums["ptx_nll"] if "ptx_nll" in sums and text else 0.0)
     return {"loss": total, **sums}
 
 
-def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: str) -> float:
-    """Adds the gradient of weight * NLL (token mean) on pretraining text; returns the NLL, nats per token."""
+def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: str, size: int) -> float:
+    """Adds the gradient of weight * NLL (token mean) on pretraining text, ``size`` windows at once.
+
+    Returns the NLL, nats per token.
+    """
     ids_BL, mask_BL = (tensor.to(device) for tensor in text.batch(*key))
     target_BL = mask_BL.clone()
     target_BL[:, 0] = False
-    loss = nll(token_logprobs(policy, ids_BL, mask_BL, target_BL).logprob_BL, target_BL)
-    (text.weight * loss).backward()
-    return float(loss.detach())
+    tokens, total = float(target_BL.sum()), 0.0
+    for start in range(0, len(ids_BL), size):
+        rows = slice(start, start + size)
+        logprob_bL = token_logprobs(policy, ids_BL[rows], mask_BL[rows], target_BL[rows]).logprob_BL
+        loss = nll(logprob_bL, target_BL[rows], denominator=tokens)
+        (text.weight * loss).backward()
+        total += float(loss.detach())
+    return total
 
 
 def check_version(rollout: Rollout, version: int) -> None:
