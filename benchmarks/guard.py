@@ -8,6 +8,7 @@ no guard for comparison. What counts is the full general suite on the saved mode
 
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ evaluation: {{suites: [general]}}
 ppo:
   reward: {{type: python, target: "proxy:score"}}
   evaluate_every: 2
-  optimiser: {{learning_rate: 5.0e-4}}
+  iterations: 16
+  optimiser: {{learning_rate: 1.0e-3}}
   kl: {{controller: fixed, coefficient: 0, stop_factor: 1.0e+6}}
   ptx: {{weight: 0}}
   guard: {{action: "off", max_drop: {MAX_DROP}}}
@@ -71,24 +73,22 @@ def main() -> None:
     settings = [f"seed={options.seed}", *options.overrides]
     if options.quick:
         settings += ["ppo.iterations=6", "evaluation.general.limit=20"]
-    measured: dict[str, Any] = {}
     table = [HEADER]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "proxy.py").write_text(REWARD, encoding="utf-8")
         (root / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-        for name, variant in VARIANTS.items():
-            path = run_recipe(str(root / "recipe.yaml"), name, root / "runs", *settings, *variant)
-            found = measured[name] = measure(path)
-            lowest = "-" if found["lowest_probe"] is None else f"{found['lowest_probe']:+.3f}"
-            general = f"{found['general'][0]:.3f} → {found['general'][1]:.3f}"
-            numbers = [
-                f"{found['kl_sequence']:.1f}",
-                str(found["iterations"]),
-                lowest,
-                f"{found['kl_coefficient']:.3g}",
-            ]
-            table.append([name, general, span(found["general_difference"]), *numbers])
+
+        def run(name: str) -> dict[str, Any]:
+            return measure(run_recipe(str(root / "recipe.yaml"), name, root / "runs", *settings, *VARIANTS[name]))
+
+        with ThreadPoolExecutor(2) as pool:
+            measured = dict(zip(VARIANTS, pool.map(run, VARIANTS), strict=True))
+    for name, found in measured.items():
+        lowest = "-" if found["lowest_probe"] is None else f"{found['lowest_probe']:+.3f}"
+        general = f"{found['general'][0]:.3f} → {found['general'][1]:.3f}"
+        numbers = [f"{found['kl_sequence']:.1f}", str(found["iterations"]), lowest, f"{found['kl_coefficient']:.3g}"]
+        table.append([name, general, span(found["general_difference"]), *numbers])
     lost, _, high = measured["off"]["general_difference"]
     held = lost < -MAX_DROP and high < 0
     held = held and all(measured[action]["general_difference"][0] > -MAX_DROP for action in ("raise_kl", "stop"))
