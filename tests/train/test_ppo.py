@@ -428,8 +428,10 @@ def test_a_drop_within_the_bound_or_within_the_noise_is_left_alone(base, tmp_pat
     assert len(metrics(directory)) == 4
     (tmp_path / "b").mkdir()
     noise = [0.0] * 4 + [1.0] * 16  # 4 lost, 2 won: a drop of 10 %, and the interval covers 0
-    directory, _ = run(guarded(base, "stop", max_drop=0.05), tmp_path / "b", probe=ForcedProbe(GOOD, noise))
+    directory, folder = run(guarded(base, "stop", max_drop=0.05), tmp_path / "b", probe=ForcedProbe(GOOD, noise))
     assert len(metrics(directory)) == 4
+    start = parameters(base)  # the run went on, but no such policy is kept
+    assert all(torch.equal(tensor, start[name]) for name, tensor in parameters(folder).items())
     assert metrics(directory)[0]["probe_difference"] == pytest.approx(-0.1)
     assert metrics(directory)[0]["probe_difference_high"] > 0
 

@@ -29,7 +29,8 @@ class Verdict:
     difference: float
     low: float
     high: float
-    dropped: bool  # beyond the bound, and the interval excludes 0
+    within: bool  # the bound; a policy that is not is never kept as the best, whatever the interval
+    dropped: bool  # beyond the bound, and the interval excludes 0: the guard acts
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -53,7 +54,8 @@ def compare(start: Scores, now: Scores, section: GuardSection) -> Verdict:
         raise ConfigError("a probe of general skill needs at least one task, and two documents of each")
     difference, low, high = interval
     mean = sum(sum(scores) / len(scores) for scores in now.values()) / len(now)
-    return Verdict(mean, difference, low, high, dropped=difference < -section.max_drop and high < 0)
+    within = difference >= -section.max_drop
+    return Verdict(mean, difference, low, high, within, dropped=not within and high < 0)
 
 
 def alert(verdict: Verdict, section: GuardSection, done: str) -> dict[str, str]:

@@ -298,7 +298,7 @@ def _merit(
     section: PpoSection, state: Progress, values: dict[str, float], verdict: guard.Verdict | None, iteration: int
 ) -> float | None:
     """What the best policy is chosen by; None for one that must not be it."""
-    if verdict is not None and verdict.dropped:
+    if verdict is not None and not verdict.within:
         return None
     if "held_out_reward" not in values:
         return None if verdict is None else float(iteration)  # the last one that kept its general skill
