@@ -28,11 +28,12 @@ SOURCE = ROOT / "src" / "direct_rlhf"
 
 # What each room may import, as docs/architecture.md draws it (itself, and what is in the rooms above)
 FIRST = {"errors", "randomness"}
-SECOND = FIRST | {"recipe", "maths", "run"}
+SECOND = FIRST | {"recipe", "precision", "maths", "run"}
 THIRD = SECOND | {"data", "models", "rollout"}
 MAY_IMPORT = {
     "errors": set(),
     "randomness": set(),
+    "precision": {"recipe"},
     "recipe": {"errors"},
     "maths": {"errors"},
     "run": {*FIRST, "recipe"},
@@ -45,8 +46,8 @@ MAY_IMPORT = {
     "world": THIRD,
     "report": {*FIRST, "recipe", "run"},
 }
-EVERYTHING = {"stages", "chat", "cli", "check", "doctor", "screen", "commands", "__main__", "__init__"}
-TOP = {"stages", "chat", "cli", "check", "screen", "commands", "__main__"}  # imported by nothing below them
+EVERYTHING = {"stages", "chat", "cli", "check", "plan", "doctor", "screen", "commands", "__main__", "__init__"}
+TOP = {"stages", "chat", "cli", "check", "plan", "screen", "commands", "__main__"}  # imported by nothing below them
 
 MODULES = sorted(SOURCE.rglob("*.py"))
 

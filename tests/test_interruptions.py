@@ -37,7 +37,7 @@ ppo:
   iterations: 3
   rollouts: 8
   minibatch_size: 4
-  micro_batch_size: 2
+  micro_batch_tokens: 100  # two answers
   epochs: 2
   evaluate_every: 2
   evaluate_prompts: 4
@@ -242,7 +242,7 @@ def no_report(monkeypatch):
     monkeypatch.setattr(stages, "report", lambda runs: None)
 
 
-SAMPLER = "call direct_rlhf.rollout.native:_Decoding.advance"  # one token of every answer
+SAMPLER = "call direct_rlhf.rollout.native:_Sampling.advance"  # one token of every running answer
 STAGES = {
     "opening the run directory": [Moment("call direct_rlhf.run.directory:_set_up", 1, SIGTERM)],
     "data": [Moment("call direct_rlhf.data.load:load_preferences", 1, SIGTERM)],

@@ -119,6 +119,29 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    root: Root = RUNS,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Plan for a device of this memory, such as 80GB.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Only warn of what cannot fit.")] = False,
+) -> None:
+    """Memory per role and phase, tokens, steps and disk of a run, without loading weights; refuses what cannot fit."""
+    from direct_rlhf.plan import parse_size, show
+    from direct_rlhf.plan import plan as make
+
+    made = make(_load(recipe, overrides), root=root, memory=parse_size(memory) if memory else None)
+    show(made)
+    problems = made.problems()
+    if problems and not force:
+        raise ConfigError("this run cannot fit (--force: only warn).\n" + "\n".join(problems))
+    for problem in problems:
+        print(f"Warning: {problem}", file=sys.stderr)
+
+
+@app.command()
 def doctor(deep: Annotated[bool, typer.Option("--deep", help="Start torch and look at its devices.")] = False) -> None:
     """What this machine and this installation offer."""
     from direct_rlhf.doctor import examine

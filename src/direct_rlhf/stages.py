@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -252,6 +252,7 @@ class _Study:
             name,
             _digest(self._after(f"{which}_model"), section.fitness),
             lambda: check_reward_model(self.context, folder, self.preferences.held_out, which=which),
+            phase="check",
         )
 
     def sft(self) -> None:
@@ -328,6 +329,7 @@ class _Study:
                 f"evaluation-{name}",
                 fingerprint,
                 partial(evaluate_arm, self.context, name, model, folder=self.loaded.folder),
+                phase="evaluate",
             )
         if len(models) > 1:
             compare(self.context, list(models), against=next(iter(models)))
@@ -350,6 +352,8 @@ class _Study:
     def context(self) -> StageContext:
         import torch
 
+        from direct_rlhf.precision import settled
+
         recipe = self.recipe
         torch.set_num_threads(recipe.threads or len(os.sched_getaffinity(0)))
         device = recipe.device
@@ -357,7 +361,10 @@ class _Study:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device = cuda: torch sees no CUDA device; set device=cpu, or see `direct-rlhf doctor`")
-        return StageContext(recipe, self.directory, device, self.stop)
+        context = StageContext(settled(recipe, device), self.directory, device, self.stop)
+        if context.recipe.model.dtype != recipe.model.dtype:
+            context.say("This processor has no bfloat16 arithmetic: float32 is computed in (model.dtype = bfloat16).")
+        return context
 
     @cached_property
     def tokens(self) -> "Tokens":
@@ -434,16 +441,36 @@ class _Study:
 
     # How a stage is run and remembered
 
-    def _stage(self, name: str, fingerprint: str, work: Callable[[], Any]) -> None:
+    def _stage(self, name: str, fingerprint: str, work: Callable[[], Any], *, phase: str = "rest") -> None:
+        """``phase`` is how to call, in the record of peak memory, what is in no phase of its own."""
         self.fingerprints[name] = fingerprint
         if self.directory.stage_done(name, fingerprint):
             return
         with self.stop.at_borders():
             self.context.check_stop()
             start = time.monotonic()
-            work()
+            with self._measured(name, phase):
+                work()
             self.directory.finish_stage(name, fingerprint, time.monotonic() - start, {"device": self.context.device})
             self.context.check_stop()
+
+    @contextmanager
+    def _measured(self, name: str, rest: str) -> Iterator[None]:
+        """Peak memory by phase, for the screen and the stage's record; what broken-off attempts saw counts too."""
+        from direct_rlhf.models.peaks import recording
+        from direct_rlhf.run.atomic import read_json, write_json
+
+        file, known = self.directory.path / "memory.json", {}
+        with suppress(DirectRLHFError, OSError):  # to measure must not fail a run
+            known = read_json(file)
+        with recording(self.context.device, known.get(name), rest) as peaks:
+            try:
+                yield
+            finally:
+                with suppress(DirectRLHFError, OSError):
+                    write_json(file, known | {name: peaks.facts})
+        self.directory.note(name, peaks.facts)
+        self.context.say(f"[{name}] {peaks.line()}")
 
     def _after(self, name: str) -> str:
         """Fingerprint of an earlier stage, from this attempt or from its record; empty for a model made elsewhere."""

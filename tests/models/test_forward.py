@@ -3,7 +3,7 @@ import torch
 from tiny_models import CONFIGS, VOCABULARY, random_batch, tiny_lm
 
 from direct_rlhf.errors import ConfigError
-from direct_rlhf.models.forward import backbone, check_head, final_logits, hidden_states, token_logprobs
+from direct_rlhf.models.forward import backbone, check_head, final_logits, states, token_logprobs
 from direct_rlhf.models.loading import add_lora
 from direct_rlhf.recipe.schema import LoraSection
 
@@ -27,7 +27,7 @@ def naive(model, ids_BL, mask_BL, target_BL, temperature=1.0):
 def test_logprobs_and_entropy_equal_the_models_own_full_forward(name):
     model = tiny_lm(name).eval()
     batch = random_batch()
-    ours = token_logprobs(model, *batch, temperature=0.7, entropy=True)
+    ours = token_logprobs(model, *batch, temperature=0.7)
     logprob_BL, entropy_BL = naive(model, *batch, temperature=0.7)
     torch.testing.assert_close(ours.logprob_BL, logprob_BL, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.entropy_BL, entropy_BL, atol=1e-5, rtol=1e-5)
@@ -61,14 +61,13 @@ def test_ids_under_the_padding_do_not_matter_and_padded_slots_are_zero():
     model = tiny_lm().eval()
     ids_BL, mask_BL, target_BL = random_batch()
     other_BL = torch.where(mask_BL, ids_BL, 7)
-    ours = token_logprobs(model, ids_BL, mask_BL, target_BL, entropy=True)
+    ours = token_logprobs(model, ids_BL, mask_BL, target_BL)
     assert torch.equal(ours.logprob_BL, token_logprobs(model, other_BL, mask_BL, target_BL).logprob_BL)
     assert (ours.logprob_BL[~target_BL] == 0).all()
     assert (ours.entropy_BL[~target_BL] == 0).all()
-    hidden_BLH = hidden_states(model, ids_BL, mask_BL)
-    assert (hidden_BLH[~mask_BL] == 0).all()
-    row = hidden_states(model, ids_BL[1:2, 5:], mask_BL[1:2, 5:])
-    torch.testing.assert_close(hidden_BLH[1, 5:], row[0], atol=1e-5, rtol=1e-5)
+    found, alone = states(model, ids_BL, mask_BL), states(model, ids_BL[1:2, 5:], mask_BL[1:2, 5:])
+    assert torch.equal(alone.column_N + 5, found.column_N[found.row_N == 1])
+    torch.testing.assert_close(found.hidden_NH[found.row_N == 1], alone.hidden_NH, atol=1e-5, rtol=1e-5)
 
 
 def test_chunks_change_neither_value_nor_gradient():
@@ -77,7 +76,7 @@ def test_chunks_change_neither_value_nor_gradient():
     gradients = []
     for chunk_elements in (2**25, VOCABULARY * 3):
         model.zero_grad()
-        scored = token_logprobs(model, *batch, entropy=True, chunk_elements=chunk_elements)
+        scored = token_logprobs(model, *batch, chunk_elements=chunk_elements)
         (scored.logprob_BL + 0.1 * scored.entropy_BL).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
@@ -119,7 +118,8 @@ def test_all_padding_rows_and_batches_without_targets_are_finite():
     nothing = token_logprobs(model, ids_BL, mask_BL, torch.zeros_like(mask_BL)).logprob_BL
     assert (nothing == 0).all()
     nothing.sum().backward()
-    assert torch.isfinite(hidden_states(model, ids_BL, torch.zeros_like(mask_BL))).all()
+    padding = torch.zeros_like(mask_BL)
+    assert (token_logprobs(model, ids_BL, padding, padding).logprob_BL == 0).all()
 
 
 @pytest.mark.parametrize("slot", [5, 4], ids=["first token of its row", "padding"])
@@ -141,7 +141,7 @@ def test_logits_of_minus_infinity_give_a_finite_entropy():
     head = Head(32, VOCABULARY, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
-    assert torch.isfinite(token_logprobs(model, *batch, entropy=True).entropy_BL).all()
+    assert torch.isfinite(token_logprobs(model, *batch).entropy_BL).all()
     assert final_logits(model, torch.ones(1, 32))[0, 0] == float("-inf")
 
 

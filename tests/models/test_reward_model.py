@@ -10,7 +10,7 @@ from tiny_models import write_checkpoint
 from direct_rlhf.data.tokens import load_tokens
 from direct_rlhf.data.types import Turn
 from direct_rlhf.errors import CheckpointError, ConfigError, DataError
-from direct_rlhf.models.forward import hidden_states
+from direct_rlhf.models.forward import states
 from direct_rlhf.models.loading import add_lora, base_sha256, load_causal_lm, parameters_sha256
 from direct_rlhf.models.reward_model import Facts, Normalisation, RewardModel
 from direct_rlhf.models.scalar import ScalarModel
@@ -85,11 +85,11 @@ def test_a_lora_reward_model_shares_a_trunk_and_gives_the_adapter_back(tmp_path)
     again = RewardModel.load(tmp_path / "reward_model", trunk=trunk)
     assert again.scalar.trunk is trunk
     ids_BL, mask_BL = torch.tensor([[5, 6, 7]]), torch.ones(1, 3)
-    before = hidden_states(trunk, ids_BL, mask_BL)
+    before = states(trunk, ids_BL, mask_BL).hidden_NH
     state = parameters_sha256(trunk)
     torch.testing.assert_close(again.score(ITEMS), model.score(ITEMS), atol=1e-6, rtol=0)
     assert trunk.active_adapter == "policy"
-    assert torch.equal(hidden_states(trunk, ids_BL, mask_BL), before)
+    assert torch.equal(states(trunk, ids_BL, mask_BL).hidden_NH, before)
     assert parameters_sha256(trunk) == state
     trainable = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
     assert trainable

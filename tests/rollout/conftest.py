@@ -19,11 +19,29 @@ SIZES = {
     "eos_token_id": 2,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 ARCHITECTURES = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=None)),
     "mistral-window": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=6)),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)),
+    "qwen2-window": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=16)),
+    "llama3": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, rope_parameters=LLAMA3)),
+    "llama-dynamic": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        )
+    ),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GROUPED, head_dim=8)),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=6, query_pre_attn_scalar=8)

@@ -13,8 +13,9 @@ from direct_rlhf.errors import ConfigError, DivergenceError, Interrupted
 from direct_rlhf.rollout.native import draw, sample, sampler_path, uniforms
 from direct_rlhf.rollout.types import FinishReason, SampleKey, SamplingSettings
 
-CACHED = ["llama", "mistral", "mistral-window", "qwen2", "gemma", "gemma2", "phi", "gpt2", "opt"]
-ALL = [*CACHED, "mamba"]
+FAST = ["llama", "llama3", "mistral", "mistral-window", "qwen2", "qwen2-window", "qwen3"]
+CACHED = ["llama-dynamic", "gemma", "gemma2", "phi", "gpt2", "opt"]
+ALL = [*FAST, *CACHED, "mamba"]
 PROMPTS = [[1, 5, 9, 12, 7, 30, 8, 9, 10], [1, 44], [1, 3, 3, 17, 20], [1, 8, 9], [1, 60, 22, 4]]
 KEYS = [SampleKey(seed=3, prompt_id=f"p{i}", iteration=0, index=0) for i in range(len(PROMPTS))]
 SAMPLED = SamplingSettings(max_new_tokens=12)
@@ -71,8 +72,9 @@ def test_a_sample_does_not_depend_on_batch_mates_or_batch_size(build, tokens, na
         assert_close(alone.logprob_BT[0], together.logprob_BT[row, :n], rtol=0, atol=1e-5)
 
 
-def test_only_stateful_models_take_the_slow_path(build):
-    assert {name: sampler_path(build(name)) for name in ALL} == {**dict.fromkeys(CACHED, "cached"), "mamba": "uncached"}
+def test_the_llama_family_runs_in_our_decoder_and_only_stateful_models_without_a_cache(build):
+    expected = dict.fromkeys(FAST, "fast") | dict.fromkeys(CACHED, "cached") | {"mamba": "uncached"}
+    assert {name: sampler_path(build(name)) for name in ALL} == expected
 
 
 def test_equal_keys_give_equal_samples_and_any_other_part_of_a_key_another(build, tokens):
@@ -298,7 +300,7 @@ def test_logprobs_can_be_used_in_a_loss(build, tokens):
 def test_a_peft_model_samples_like_the_model_it_wraps(build, tokens):
     expected = sample(build("mistral"), tokens, PROMPTS, KEYS, SAMPLED)
     wrapped = peft.get_peft_model(build("mistral"), peft.LoraConfig(r=2, target_modules="all-linear"))
-    assert sampler_path(wrapped) == "cached"
+    assert sampler_path(wrapped) == "fast"
     rollout = sample(wrapped, tokens, PROMPTS, KEYS, SAMPLED)
     assert answers(rollout) == answers(expected)
     assert_close(rollout.logprob_BT, expected.logprob_BT, rtol=0, atol=1e-5)

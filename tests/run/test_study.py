@@ -26,7 +26,7 @@ ppo:
   iterations: 1
   rollouts: 4
   minibatch_size: 4
-  micro_batch_size: 4
+  micro_batch_tokens: 256
   epochs: 1
   evaluate_prompts: 4
   critic: {warmup: 0}

@@ -26,8 +26,10 @@ ROWS = [
     ([1, 46], [55, 56, 57, 58, 59], 5, FinishReason.LENGTH, "fghij"),
 ]
 PROMPTS = [Prompt(f"p{b}", (Turn("human", "?"),), "helpful", "x:1") for b in range(len(ROWS))]
+LONGEST_ROW = max(len(prompt_ids) + len(ids) for prompt_ids, ids, *_ in ROWS)  # tokens
 N_ROLLOUTS = 8
 CAP = 6  # tokens of a sampled answer
+LONGEST_SAMPLED = len("Say ") + N_ROLLOUTS + CAP  # tokens: BOS, prompt and answer of the last row of `sampled`
 SETTINGS = SamplingSettings(CAP)
 
 
@@ -66,8 +68,8 @@ def roles_of(base, tuning="full", *, with_cost=False, dtype="float32"):
 
 
 def section_of(**fields):
-    """PPO settings at the size of these tests: two minibatches an epoch, two epochs."""
-    sizes = {"rollouts": N_ROLLOUTS, "minibatch_size": 4, "micro_batch_size": 4, "epochs": 2}
+    """PPO settings at the size of these tests: two minibatches an epoch, two epochs, micro-batches of four rows."""
+    sizes = {"rollouts": N_ROLLOUTS, "minibatch_size": 4, "micro_batch_tokens": 4 * LONGEST_SAMPLED, "epochs": 2}
     rate = {"learning_rate": 1e-3, "warmup": 0.0}
     rates = {"optimiser": rate, "critic": {"optimiser": rate}}
     return PpoSection.model_validate(sizes | rates | {"kl": {"inner_limit": 100.0}} | fields)
@@ -77,7 +79,7 @@ def learner_of(roles, section, **fields):
     """A learner with fresh optimisers."""
     sections = {role: section.optimiser if role == POLICY else section.critic.optimiser for role in roles.trained}
     optimisers = {role: Optimiser(roles.parameters(role), sections[role], 100) for role in roles.trained}
-    chunk = ChunkSize("update", section.micro_batch_size, lambda text: None)
+    chunk = ChunkSize("update", section.micro_batch_tokens, lambda text: None)
     return Learner(
         **{"roles": roles, "section": section, "optimisers": optimisers, "text": None, "seed": 0, "chunk": chunk}
         | fields

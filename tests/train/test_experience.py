@@ -29,6 +29,7 @@ from direct_rlhf.train.start import Sources, start
 from direct_rlhf.train.update import Position, check_ratio, critic_gradients, policy_gradients, update
 from toys import toy_folder
 from train.ppo_parts import (
+    LONGEST_ROW,
     PROMPTS,
     ROWS,
     SETTINGS,
@@ -76,7 +77,7 @@ def scored_of(roles, rollout, section=None, prompts=PROMPTS, judges=None, chunk=
         section=section,
         cap=5,
         check_stop=check_stop,
-        chunk=chunk or ChunkSize("score", section.micro_batch_size, lambda text: None),
+        chunk=chunk or ChunkSize("score", section.micro_batch_tokens, lambda text: None),
     )
 
 
@@ -127,7 +128,7 @@ def test_values_are_those_of_the_state_before_each_action(base):
 @settings(max_examples=8, deadline=None)
 @given(left=integers(0, 6), right=integers(0, 6), micro=integers(1, 4))
 def test_padding_and_batching_change_no_score(roles, left, right, micro):
-    section = PpoSection.model_validate({"micro_batch_size": micro})
+    section = PpoSection.model_validate({"micro_batch_tokens": micro * LONGEST_ROW})
     plain, padded = scored_of(roles, rollout_of(ROWS)), scored_of(roles, rollout_of(ROWS, left, right), section)
     width = plain.reference_BT.shape[1]
     assert torch.allclose(plain.reference_BT, padded.reference_BT[:, :width], atol=1e-5)
@@ -302,7 +303,8 @@ def test_answers_of_every_length_give_finite_scores_advantages_losses_and_gradie
     rows = answer_rows(drawn)
     rollout = rollout_of(rows, 1, 1, logprob=-5.0)
     prompts = [Prompt(f"p{b}", (Turn("human", "?"),), "helpful", "x:1") for b in range(len(rows))]
-    section = section_of(length={"unfinished": rule}, micro_batch_size=size)
+    slots = size * max(len(prompt_ids) + len(ids) for prompt_ids, ids, *_ in rows)
+    section = section_of(length={"unfinished": rule}, micro_batch_tokens=slots)
     scored = scored_of(priced_roles, rollout, section, prompts, Judges(LengthReward(), LengthReward()))
     experience = estimate(scored, section=section, kl_coefficient=0.1, multiplier=0.5)
     for x in (experience.advantage_BT, experience.return_BT, experience.cost_return_BT, scored.reference_BT):
@@ -311,8 +313,8 @@ def test_answers_of_every_length_give_finite_scores_advantages_losses_and_gradie
     assert all(math.isfinite(value) for value in rollout_statistics(experience, prompts).values())
     learner, every = learner_of(priced_roles, section), list(range(len(rows)))
     tokens = float(experience.train_mask_BT.sum())
-    found = [policy_gradients(experience, every, tokens, learner, (0, 0, 1, 0), size)]
-    found += [critic_gradients(experience, every, tokens, learner, role, size) for role in (CRITIC, COST_CRITIC)]
+    found = [policy_gradients(experience, every, tokens, learner, (0, 0, 1, 0), slots)]
+    found += [critic_gradients(experience, every, tokens, learner, role, slots) for role in (CRITIC, COST_CRITIC)]
     assert all(math.isfinite(value) for values in found for value in values.values())
     for role, optimiser in learner.optimisers.items():
         assert all(p.grad.isfinite().all() for p in priced_roles.parameters(role) if p.grad is not None)
@@ -337,17 +339,19 @@ def test_an_empty_answer_has_one_action_and_its_signal(roles):
 @pytest.mark.parametrize("who", ["reference", "critic"])
 def test_out_of_memory_while_scoring_halves_the_chunk_and_changes_no_number(priced_roles, monkeypatch, who, rows):
     rollout, said, judges = rollout_of(ROWS), [], Judges(LengthReward(), LengthReward())
-    plain = scored_of(priced_roles, rollout, judges=judges, chunk=ChunkSize("score", 4))
+    whole = 4 * LONGEST_ROW
+    plain = scored_of(priced_roles, rollout, judges=judges, chunk=ChunkSize("score", whole))
     memory = Memory(roles_module.token_logprobs if who == "reference" else ScalarModel.values, rows)
     if who == "reference":
         monkeypatch.setattr(roles_module, "token_logprobs", memory)
     else:
         monkeypatch.setattr(ScalarModel, "values", lambda *args: memory(*args))
-    chunk = ChunkSize("toy, score", 4, said.append)
+    chunk = ChunkSize("toy, score", whole, said.append)
     scored = scored_of(priced_roles, rollout, judges=judges, chunk=chunk)
-    assert chunk.size == {1: 1, 2: 2, 3: 2}[rows]
+    assert chunk.size == {1: 1, 2: 2, 3: 2}[rows] * LONGEST_ROW
     assert memory.raised == [4, 2][: len(said)]
-    assert said[0] == "toy, score: out of memory; the chunk is 2 instead of 4 from now on. Results do not change."
+    words = f"the chunk is {whole // 2} instead of {whole} from now on. Results do not change."
+    assert said[0] == f"toy, score: out of memory; {words}"
     for name in ("reference_BT", "value_BT", "cost_value_BT"):
         torch.testing.assert_close(getattr(scored, name), getattr(plain, name), atol=1e-5, rtol=0)
         assert getattr(plain, name).abs().max() > 1e-3

@@ -36,6 +36,10 @@ def cost(items):
 """
 
 
+CAP = 8  # tokens of an answer
+LONGEST = 29 + CAP  # of a prompt of two digits, as the dialogue format renders it, and its answer
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return toy_folder(tmp_path_factory.mktemp("base"))
@@ -51,13 +55,13 @@ def recipe(base, name="toy", seed=0, tuning="full", **ppo):
         "iterations": 3,
         "rollouts": 16,
         "minibatch_size": 8,
-        "micro_batch_size": 4,
+        "micro_batch_tokens": 4 * LONGEST,
         "epochs": 2,
         "evaluate_every": 2,
         "evaluate_prompts": 8,
         "checkpoint_every": 1,
         "critic": {"warmup": 3},
-        "sampling": {"max_new_tokens": 8},
+        "sampling": {"max_new_tokens": CAP},
         "reward": {"type": "python", "target": "letter_reward:reward"},
         **ppo,
     }
@@ -108,7 +112,7 @@ def test_ppo_learns_to_write_the_letters_that_are_rewarded(base, tmp_path, tunin
         iterations=12,
         rollouts=64,
         minibatch_size=32,
-        micro_batch_size=32,
+        micro_batch_tokens=32 * LONGEST,
         optimiser={"learning_rate": rate},
         critic={"warmup": 4, "optimiser": {"learning_rate": rate}},
         kl={"controller": "fixed", "coefficient": 0.02, "inner_limit": 10, "target": 50},
@@ -224,11 +228,11 @@ def test_the_same_recipe_gives_the_same_metrics_and_another_seed_other_samples(b
     assert_same(run(recipe(base, tuning=tuning), tmp_path), first)
 
 
-def test_the_micro_batch_size_changes_no_result_beyond_rounding(base, tmp_path):
+def test_the_size_of_micro_batches_changes_no_result_beyond_rounding(base, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one = metrics(run(recipe(base, iterations=1), tmp_path / "a")[0])[-1]
-    other = metrics(run(recipe(base, iterations=1, micro_batch_size=8), tmp_path / "b")[0])[-1]
+    other = metrics(run(recipe(base, iterations=1, micro_batch_tokens=8 * LONGEST), tmp_path / "b")[0])[-1]
     for name in ("policy_loss", "value_loss", "grad_norm_policy", "grad_norm_critic", "entropy", "clip_fraction"):
         assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
 

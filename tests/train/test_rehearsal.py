@@ -8,6 +8,9 @@ import torch
 from direct_rlhf.data.tokens import load_tokens
 from direct_rlhf.data.types import Prompt, Turn
 from direct_rlhf.errors import BackendError, DivergenceError, Interrupted, OutOfMemoryError
+from direct_rlhf.models import forward as forward_module
+from direct_rlhf.models import scalar as scalar_module
+from direct_rlhf.models.forward import states
 from direct_rlhf.models.reward_model import RewardModel
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY
 from direct_rlhf.run.checkpoints import pack
@@ -19,6 +22,7 @@ from direct_rlhf.train.update import TextWindows
 from toys import toy_folder
 from train.ppo_parts import (
     CAP,
+    LONGEST_SAMPLED,
     SETTINGS,
     Memory,
     everything,
@@ -96,13 +100,25 @@ def stepped(learner):
 
 
 def fails_at_full_length(module, error=RuntimeError):
-    """``module``'s forward pass fails from ``FULL`` slots on."""
+    """The trunk ``module`` fails from ``FULL`` slots on: its rotary module is what every path tells the positions."""
 
     def look(_, args, options):
-        if options["input_ids"].shape[1] >= FULL:
+        positions = options["position_ids"] if "position_ids" in options else args[1]
+        if int(positions.max()) + 1 >= FULL:
             raise error("no room for this position")
 
-    module.register_forward_pre_hook(look, with_kwargs=True)
+    module.rotary_emb.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def watch_states(monkeypatch, look):
+    """``look(model, ids_BL, mask_BL)`` before every forward pass of any role."""
+
+    def watched(model, ids_BL, mask_BL):
+        look(model, ids_BL, mask_BL)
+        return states(model, ids_BL, mask_BL)
+
+    for module in (forward_module, scalar_module):
+        monkeypatch.setattr(module, "states", watched)
 
 
 @pytest.mark.promise("R5")
@@ -166,15 +182,18 @@ def test_a_rehearsal_changes_no_weight_no_moment_and_leaves_no_gradient(base, to
 
 
 @pytest.mark.promise("R5")
-def test_every_role_sees_the_longest_prompt_with_a_full_length_answer(base, tokens, reward_model):
+def test_every_role_sees_the_longest_prompt_with_a_full_length_answer(base, tokens, reward_model, monkeypatch):
     roles, seen, reward = roles_of(base, with_cost=True), {}, deepcopy(reward_model)
     items = []
-    trunks = {"policy": roles.policy.model, "critic": roles.critic.trunk, "cost": roles.cost_critic.trunk}
-    for name, trunk in (trunks | {"reference": roles.reference.model}).items():
-        trunk.register_forward_pre_hook(
-            lambda _, args, options, name=name: seen.setdefault(name, []).append(tuple(options["input_ids"].shape)),
-            with_kwargs=True,
-        )
+    names = {id(roles.policy): "policy", id(roles.critic.trunk): "critic", id(roles.cost_critic.trunk): "cost"}
+    names[id(roles.reference)] = "reference"
+
+    def look(model, ids_BL, mask_BL):
+        if model is not reward.scalar.trunk:  # what it reads are `items`
+            assert mask_BL.all()
+            seen.setdefault(names[id(model)], []).append(tuple(ids_BL.shape))
+
+    watch_states(monkeypatch, look)
 
     class Watched(ModelRewardSource):
         def score(self, answers):
@@ -194,12 +213,12 @@ def test_rewards_of_the_users_own_code_are_not_called(base, tokens):
 
 
 @pytest.mark.promise("R5")
-def test_pretraining_text_is_tried_as_well(base, tokens):
+def test_pretraining_text_is_tried_as_well(base, tokens, monkeypatch):
     text = TextWindows([[1, *range(40, 70)]] * 3, weight=0.5, batch_size=3)
     roles, lengths = roles_of(base), []
-    learner = learner_of(roles, section_of(), text=text)
-    roles.policy.model.register_forward_pre_hook(
-        lambda _, args, options: lengths.append(options["input_ids"].shape[1]), with_kwargs=True
+    learner = learner_of(roles, section_of(micro_batch_tokens=3 * 31), text=text)
+    watch_states(
+        monkeypatch, lambda model, ids_BL, _: lengths.extend([ids_BL.shape[1]] if model is roles.policy else [])
     )
     rehearsal(learner, tokens)
     assert lengths == [FULL, 31]
@@ -214,7 +233,7 @@ def test_where_memory_runs_out_the_rehearsal_finds_the_micro_batch_that_fits(bas
     monkeypatch.setattr(update_module, "token_logprobs", memory)
     rehearsal(learner, tokens)
     assert memory.raised == [4, 2]
-    assert learner.chunk.size == 1
+    assert learner.chunk.size == LONGEST_SAMPLED
     assert_untouched(learner, before)
 
 

@@ -58,17 +58,18 @@ def naive_loss(model, base, ctx):
 
 
 def test_micro_batches_change_neither_loss_nor_weights(tmp_path, base, monkeypatch):
-    from direct_rlhf.models import batches
-    from direct_rlhf.train import supervised
+    from direct_rlhf.train import loop, supervised
 
-    results = []
-    for tokens in (batches.BATCH_TOKENS, 40):
-        monkeypatch.setattr(
-            supervised, "by_length", lambda lengths, rows, t=tokens: batches.by_length(lengths, rows, tokens=t)
-        )
+    results, passes = [], []
+    real = supervised.token_logprobs
+    monkeypatch.setattr(supervised, "token_logprobs", lambda *args: passes.append(1) or real(*args))
+    for tokens in (loop.BATCH_TOKENS, 40):
+        monkeypatch.setattr(loop, "BATCH_TOKENS", tokens)
+        passes.clear()
         ctx = make_context(tmp_path / f"runs{tokens}", base, sft=SFT | {"max_steps": 3})
         folder = train_sft(ctx, DATA)
-        results.append((metrics(ctx, "sft")[-1]["loss"], load_causal_lm(folder).state_dict()))
+        results.append((metrics(ctx, "sft")[-1]["loss"], load_causal_lm(folder).state_dict(), len(passes)))
+    assert results[1][2] > 2 * results[0][2]
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(tensor, results[1][1][name], atol=2e-4, rtol=1e-3)

@@ -19,6 +19,8 @@ from direct_rlhf.train import update as update_module
 from direct_rlhf.train.update import Position, TextWindows, critic_gradients, policy_gradients, update
 from toys import toy_folder
 from train.ppo_parts import (
+    LONGEST_ROW,
+    LONGEST_SAMPLED,
     ROWS,
     Memory,
     everything,
@@ -54,10 +56,10 @@ def roles(base):
 
 
 class Exact(ScalarModel):
-    """A critic whose head stays in float64, as the trunks of these tests do."""
+    """A critic whose head computes in float64, as the trunks of these tests do."""
 
     def _apply_head(self, hidden):
-        return F.linear(hidden, self.head.weight, self.head.bias).squeeze(-1)
+        return F.linear(hidden, self.head.weight, self.head.bias).squeeze(-1).float()
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -78,14 +80,14 @@ def uneven(pad_prompt=0, pad_response=0, seed=0):
 
 
 def one_step(roles, role, experience, size, text=None):
-    """Gradient and metrics of one minibatch of all rows in micro-batches of ``size``."""
+    """Gradient and metrics of one minibatch of all rows in micro-batches of ``size`` rows."""
     learner = learner_of(roles, section_of(minibatch_size=8, entropy=0.01), text=text)
     learner.optimisers[role].forget()
     rows, tokens = list(range(8)), float(experience.train_mask_BT.sum())
     if role == POLICY:
-        values = policy_gradients(experience, rows, tokens, learner, LATER, size)
+        values = policy_gradients(experience, rows, tokens, learner, LATER, size * LONGEST_ROW)
     else:
-        values = critic_gradients(experience, rows, tokens, learner, role, size)
+        values = critic_gradients(experience, rows, tokens, learner, role, size * LONGEST_ROW)
     gradient = gradients(roles, role)
     learner.optimisers[role].forget()
     return gradient, values
@@ -144,6 +146,49 @@ def test_statistics_are_means_over_all_tokens_as_a_loop_over_tokens_has_them(rol
     assert values["ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
     assert values["k3_old_new"] == pytest.approx(sum(k3s) / len(k3s), rel=1e-4)
     assert values["clip_fraction"] == pytest.approx(sum(clipped) / len(clipped), rel=1e-6)
+
+
+@pytest.mark.parametrize("role", [POLICY, CRITIC])
+@pytest.mark.parametrize("slots", [1, 13, 20, 10**6])
+def test_a_micro_batch_holds_no_more_slots_than_it_may_unless_it_is_one_row(roles, monkeypatch, role, slots):
+    seen, cut = [], update_module.batch_of
+
+    def watched(rollout, rows, device):
+        batch = cut(rollout, rows, device)
+        seen.append((rows, batch.mask_BL.sum(1).max() * len(rows)))
+        return batch
+
+    monkeypatch.setattr(update_module, "batch_of", watched)
+    experience, learner = experience_of(uneven(2, 3)), learner_of(roles, section_of())
+    if role == POLICY:
+        policy_gradients(experience, range(8), 24.0, learner, LATER, slots)
+    else:
+        critic_gradients(experience, range(8), 24.0, learner, role, slots)
+    learner.optimisers[role].forget()
+    assert sorted(row for rows, _ in seen for row in rows) == list(range(8))
+    assert all(held <= slots or len(rows) == 1 for rows, held in seen)
+    assert len(seen) == {1: 8, 13: 5, 20: 3, 10**6: 1}[slots]
+
+
+def test_the_entropy_bonus_is_the_gradient_of_the_mean_entropy_and_a_weight_of_0_gives_none(even_base):
+    roles = roles_of(even_base)
+    experience, weight = experience_of(uneven()), 0.3
+    found = {}
+    for bonus in (0.0, weight):
+        learner = learner_of(roles, section_of(minibatch_size=8, entropy=bonus))
+        values = policy_gradients(experience, range(8), 24.0, learner, LATER, 20)
+        found[bonus] = gradients(roles, POLICY)
+        learner.optimisers[POLICY].forget()
+    total = 0.0
+    for prompt_ids, ids, actions, _, _ in ROWS * 2:
+        logits_LV = roles.policy(input_ids=torch.tensor([prompt_ids + ids])).logits[0]
+        logp_TV = logits_LV[len(prompt_ids) - 1 :][:actions].log_softmax(-1)
+        total = total - (logp_TV.exp() * logp_TV).sum() / 24
+    total.backward()
+    assert values["entropy"] == pytest.approx(float(total.detach()), rel=1e-5)
+    torch.testing.assert_close(found[0.0] - found[weight], weight * gradients(roles, POLICY), atol=1e-5, rtol=1e-3)
+    assert gradients(roles, POLICY).abs().max() > 1e-3
+    learner.optimisers[POLICY].forget()
 
 
 def run(roles, rollout, *, position=None, check_stop=lambda: None, experience=None, warm=0, **learner):
@@ -230,7 +275,7 @@ def test_what_bfloat16_may_round_does_not_depend_on_the_micro_batch(base, size):
     old_BT[:, 0] += 0.05  # ... which is off by more than the mean may be; over all tokens it is not
     assert 8 * 0.05 / mask_BT.sum() < 0.016
     rollout = replace(rollout, action_mask_BT=mask_BT, logprob_BT=torch.where(mask_BT, old_BT, 0.0))
-    values, _ = run(roles, rollout, section=section_of(minibatch_size=8, micro_batch_size=size))
+    values, _ = run(roles, rollout, section=section_of(minibatch_size=8, micro_batch_tokens=size * LONGEST_SAMPLED))
     assert values["steps"] == 2
 
 
@@ -404,7 +449,7 @@ def test_the_cost_critic_learns_the_cost_return_and_the_critic_the_reward_return
 def test_out_of_memory_in_an_update_halves_the_micro_batch_and_changes_no_gradient(base, monkeypatch, role, rows):
     enough, roles, said = roles_of(base), roles_of(base), []
     rollout = sampled(enough, base)
-    section = section_of(minibatch_size=8, micro_batch_size=8, epochs=1)
+    section = section_of(minibatch_size=8, micro_batch_tokens=8 * LONGEST_SAMPLED, epochs=1)
     expected, one = run(enough, rollout, section=section)
     if role == POLICY:
         memory = Memory(update_module.token_logprobs, rows)
@@ -412,11 +457,13 @@ def test_out_of_memory_in_an_update_halves_the_micro_batch_and_changes_no_gradie
     else:
         memory = Memory(ScalarModel.values, rows)
         monkeypatch.setattr(ScalarModel, "values", lambda *args: memory(*args))
-    chunk = ChunkSize("update", 8, said.append)
+    whole = 8 * LONGEST_SAMPLED
+    chunk = ChunkSize("update", whole, said.append)
     values, other = run(roles, rollout, section=section, chunk=chunk)
     assert memory.raised == ([8, 4, 2] if rows == 1 else [8, 4])
-    assert chunk.size == {1: 1, 2: 2, 3: 2}[rows]
-    assert said[0] == "update: out of memory; the chunk is 4 instead of 8 from now on. Results do not change."
+    assert chunk.size == {1: 1, 2: 2, 3: 2}[rows] * LONGEST_SAMPLED
+    words = f"update: out of memory; the chunk is {whole // 2} instead of {whole} from now on. Results do not change."
+    assert said[0] == words
     assert values == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for trained in (POLICY, CRITIC):
         ours, theirs = (learner.optimisers[trained].state()["adamw"] for learner in (other, one))
@@ -430,7 +477,7 @@ def test_an_attempt_that_ran_out_half_way_leaves_nothing_in_the_gradient(base, m
     """Memory runs out in the second micro-batch, when the first has added its gradient already."""
     roles, enough = roles_of(base), roles_of(base)
     rollout = sampled(roles, base)
-    section = section_of(minibatch_size=8, micro_batch_size=4, epochs=1)
+    section = section_of(minibatch_size=8, micro_batch_tokens=4 * LONGEST_SAMPLED, epochs=1)
     _, one = run(enough, rollout, section=section)
     calls = []
 
@@ -458,7 +505,7 @@ def test_an_attempt_that_ran_out_half_way_leaves_nothing_in_the_gradient(base, m
 def test_pretraining_text_is_cut_finer_as_well_where_memory_runs_out(base, monkeypatch):
     enough, roles = roles_of(base), roles_of(base)
     rollout = sampled(enough, base)
-    section = section_of(minibatch_size=8, micro_batch_size=8, epochs=1)
+    section = section_of(minibatch_size=8, micro_batch_tokens=8 * LONGEST_SAMPLED, epochs=1)
     expected, one = run(enough, rollout, section=section, text=TEXT)
     memory = Memory(update_module.token_logprobs, 1)
     monkeypatch.setattr(update_module, "token_logprobs", memory)
@@ -479,7 +526,8 @@ def test_one_answer_that_does_not_fit_ends_the_run_with_the_weights_as_before(ba
     monkeypatch.setattr(update_module, "token_logprobs", memory)
     with pytest.raises(OutOfMemoryError, match="update: out of memory even with a chunk of 1"):
         run(roles, rollout)
-    assert memory.raised == [4, 2, 1]
+    assert memory.raised[:3] == [4, 2, 1]
+    assert set(memory.raised[3:]) == {1}  # fewer slots than one row has are still one row
     assert unequal(everything(roles), before) == []
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-BATCH_TOKENS = 4096  # padded slots of one forward pass
+BATCH_TOKENS = 1024  # padded slots of one forward pass
 
 
 def padded(sequences: Sequence[Sequence[int]], device: str = "cpu") -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
 """Hidden states and token log-probabilities of any causal language model, independent of padding.
 
-Legend: B sequences, L slots (padded anywhere), M slots after compaction, H hidden size, V vocabulary, N target tokens.
+Legend: B sequences, L slots (padded anywhere), M slots after compaction, H hidden size, V vocabulary, N real tokens, T
+target tokens.
 
-Every row is first moved to the left, so that padding stands at its right end only. A causal model never looks there, so
-no attention mask and no position ids are needed: positions count from 0 in every architecture (absolute, rotary, ALiBi,
-recurrent), and the kernels for plain causal attention apply. All-padding columns are cut off.
+Models of the Llama family run on packed tokens (`packed.py`). For any other, every row is first moved to the left, so
+that padding stands at its right end only. A causal model never looks there, so no attention mask and no position ids
+are needed: positions count from 0 in every architecture (absolute, rotary, ALiBi, recurrent), and the kernels for plain
+causal attention apply. All-padding columns are cut off.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from direct_rlhf.errors import ConfigError
+from direct_rlhf.maths.attention import Rows
+from direct_rlhf.models.packed import hidden as packed_hidden
+from direct_rlhf.models.packed import packs
 
 CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
 
@@ -24,18 +29,36 @@ class TokenLogprobs:
     """Scores of the tokens that are there, both 0 where ``target_mask`` is False."""
 
     logprob_BL: Tensor  # float32, nats
-    entropy_BL: Tensor | None  # float32, nats, of the distribution that the token was drawn from
+    entropy_BL: Tensor  # float32, nats, of the distribution that the token was drawn from
 
 
-def hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """Last hidden states after the final norm: [B, L, H] in the model's compute type, 0 where ``mask_BL`` is False.
+@dataclass(frozen=True)
+class States:
+    """Last hidden states of the real tokens of a padded batch, after the final norm.
 
-    ``model`` is a causal LM, its backbone alone, or either wrapped by PEFT; ``mask_BL`` is True on real tokens.
+    A row's tokens stand together and in order; the rows may stand in any order.
     """
+
+    hidden_NH: Tensor  # in the model's compute type
+    row_N: Tensor  # where each token comes from
+    column_N: Tensor
+
+
+def states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> States:
+    """``model`` is a causal LM, its backbone alone, or either wrapped by PEFT; ``mask_BL`` is True on real tokens."""
+    mask_BL = mask_BL.bool()
+    trunk = backbone(model)
+    if packs(trunk) and bool(mask_BL.any()):
+        length_B = mask_BL.sum(1)
+        order_B = length_B.argsort(stable=True)
+        row_N, column_N = mask_BL[order_B].nonzero(as_tuple=True)
+        row_N = order_B[row_N]
+        lengths = tuple(length for length in length_B[order_B].tolist() if length)
+        return States(packed_hidden(trunk, ids_BL[row_N, column_N], Rows(lengths, ids_BL.device)), row_N, column_N)
     ids_BM, slot_BL = _compact(ids_BL, mask_BL)
     hidden_BMH = _run_backbone(model, ids_BM)
-    index_BLH = slot_BL.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden_BMH.shape[-1])
-    return torch.where(mask_BL.bool().unsqueeze(-1), hidden_BMH.gather(1, index_BLH), 0.0)
+    row_N, column_N = mask_BL.nonzero(as_tuple=True)
+    return States(hidden_BMH[row_N, slot_BL[row_N, column_N]], row_N, column_N)
 
 
 def token_logprobs(
@@ -45,30 +68,37 @@ def token_logprobs(
     target_mask_BL: Tensor,
     *,
     temperature: float = 1.0,
-    entropy: bool = False,
+    entropy_gradient: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> TokenLogprobs:
     """log P(ids[:, l] | ids[:, :l]) at the target slots, from logits / temperature, in float32.
 
-    The head runs at target positions only. When N * V passes ``chunk_elements`` it runs in chunks that are computed
-    again in the backward pass, so that neither pass holds all logits.
+    The head runs at target positions only. When T * V passes ``chunk_elements`` it runs in chunks that are computed
+    again in the backward pass, so that neither pass holds all logits. The entropy is detached, unless
+    ``entropy_gradient`` asks for its gradient, which costs memory and time.
 
     Shapes:  all [B, L]; ``mask_BL`` is True on real tokens, ``target_mask_BL`` on those to be scored.
     Errors:  ValueError if a target is padding or the first token of its row (nothing precedes it).
     """
     mask_BL, target_mask_BL = mask_BL.bool(), target_mask_BL.bool()
-    ids_BM, slot_BL = _compact(ids_BL, mask_BL)
-    if bool((target_mask_BL & (~mask_BL | (slot_BL < 1))).any()):
+    first_BL = mask_BL.cumsum(dim=1) == 1
+    if bool((target_mask_BL & (~mask_BL | first_BL)).any()):
         raise ValueError("a target slot is padding or the first token of its row, which nothing predicts")
-    hidden_BMH = _run_backbone(model, ids_BM)
-    row_N, column_N = target_mask_BL.nonzero(as_tuple=True)
-    hidden_NH = hidden_BMH[row_N, slot_BL[row_N, column_N] - 1]
-    target_N = ids_BL[row_N, column_N]
-    logprob_N, entropy_N = _score_rows(causal_lm(model), hidden_NH, target_N, temperature, entropy, chunk_elements)
+    found = states(model, ids_BL, mask_BL)
+    place_T = target_mask_BL[found.row_N, found.column_N].nonzero(as_tuple=True)[0]
+    row_T, column_T = found.row_N[place_T], found.column_N[place_T]
+    logprob_T, entropy_T = score_targets(
+        causal_lm(model),
+        found.hidden_NH[place_T - 1],
+        ids_BL[row_T, column_T],
+        temperature=temperature,
+        entropy_gradient=entropy_gradient,
+        chunk_elements=chunk_elements,
+    )
     empty_BL = torch.zeros(ids_BL.shape, dtype=torch.float32, device=ids_BL.device)
     return TokenLogprobs(
-        logprob_BL=empty_BL.index_put((row_N, column_N), logprob_N),
-        entropy_BL=None if entropy_N is None else empty_BL.index_put((row_N, column_N), entropy_N),
+        logprob_BL=empty_BL.index_put((row_T, column_T), logprob_T),
+        entropy_BL=empty_BL.index_put((row_T, column_T), entropy_T),
     )
 
 
@@ -130,25 +160,64 @@ def _run_backbone(model: nn.Module, ids_BM: Tensor) -> Tensor:
     return cast(Tensor, backbone(model)(input_ids=ids_BM, use_cache=False).last_hidden_state)
 
 
-def _score_rows(
-    model: Any, hidden_NH: Tensor, target_N: Tensor, temperature: float, entropy: bool, chunk_elements: int
-) -> tuple[Tensor, Tensor | None]:
-    def score(hidden_nH: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
-        logprob_nV = (final_logits(model, hidden_nH) / temperature).log_softmax(dim=-1)
-        logprob_n = logprob_nV.gather(-1, target_n.unsqueeze(-1)).squeeze(-1)
-        if not entropy:
-            return logprob_n, logprob_n
-        # p log p -> 0 as p -> 0, also where a logit is -inf
-        return logprob_n, -torch.where(logprob_nV.isneginf(), 0.0, logprob_nV.exp() * logprob_nV).sum(-1)
+def score_targets(
+    model: Any,
+    hidden_TH: Tensor,
+    target_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets after these hidden states, and entropies: float32 [T] each, in nats."""
+
+    def score(hidden_tH: Tensor, target_t: Tensor) -> tuple[Tensor, Tensor]:
+        logits_tV = final_logits(model, hidden_tH)
+        if temperature != 1:
+            logits_tV = logits_tV / temperature
+        if entropy_gradient:
+            return _with_entropy_gradient(logits_tV, target_t)
+        return _TokenScores.apply(logits_tV, target_t)
 
     vocabulary = model.get_output_embeddings().weight.shape[0]
     rows = max(chunk_elements // vocabulary, 1)
-    if len(target_N) <= rows:
-        logprob_N, entropy_N = score(hidden_NH, target_N)
-    else:
-        parts = [
-            checkpoint(score, hidden_nH, target_n, use_reentrant=False, preserve_rng_state=False)
-            for hidden_nH, target_n in zip(hidden_NH.split(rows), target_N.split(rows), strict=True)
-        ]
-        logprob_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
-    return logprob_N, entropy_N if entropy else None
+    if len(target_T) <= rows:
+        return score(hidden_TH, target_T)
+    parts = [
+        checkpoint(score, hidden_tH, target_t, use_reentrant=False, preserve_rng_state=False)
+        for hidden_tH, target_t in zip(hidden_TH.split(rows), target_T.split(rows), strict=True)
+    ]
+    logprob_T, entropy_T = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprob_T, entropy_T
+
+
+def _with_entropy_gradient(logits_tV: Tensor, target_t: Tensor) -> tuple[Tensor, Tensor]:
+    logprob_tV = logits_tV.log_softmax(dim=-1)
+    logprob_t = logprob_tV.gather(-1, target_t.unsqueeze(-1)).squeeze(-1)
+    # p log p -> 0 as p -> 0, also where a logit is -inf
+    return logprob_t, -torch.where(logprob_tV.isneginf(), 0.0, logprob_tV.exp() * logprob_tV).sum(-1)
+
+
+class _TokenScores(torch.autograd.Function):
+    """log p of the targets, and the entropy without gradient; keeps the probabilities alone.
+
+    log p_y = z_y - log sum exp z,  d/dz = onehot(y) - p;  H = log sum exp z - sum p z.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_tV: Tensor, target_t: Tensor) -> tuple[Tensor, Tensor]:
+        chance_tV = logits_tV.softmax(-1)
+        total_t = logits_tV.amax(-1) - chance_tV.amax(-1).log()  # the largest p is exp(largest z) / sum exp z
+        entropy_t = total_t - torch.linalg.vecdot(chance_tV, logits_tV)
+        if bool(entropy_t.isnan().any()):  # 0 * -inf: p z -> 0 as z -> -inf
+            entropy_t = total_t - torch.where(chance_tV > 0, chance_tV * logits_tV, 0.0).sum(-1)
+        logprob_t = logits_tV.gather(-1, target_t.unsqueeze(-1)).squeeze(-1) - total_t
+        ctx.save_for_backward(chance_tV, target_t)
+        ctx.mark_non_differentiable(entropy_t)
+        return logprob_t, entropy_t
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        chance_tV, target_t = ctx.saved_tensors
+        gradient_t1 = gradients[0].unsqueeze(-1)
+        return (chance_tV * -gradient_t1).scatter_add_(-1, target_t.unsqueeze(-1), gradient_t1), None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from direct_rlhf.models.forward import backbone, causal_lm, hidden_states
+from direct_rlhf.models.forward import backbone, causal_lm, states
 
 HEAD_SCALE = 0.1  # spread of a fresh reward head's scores, in nats of preference, for hidden states of unit size
 
@@ -52,17 +52,20 @@ class ScalarModel(nn.Module):
 
     def values(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """One number per token, float32 [B, L], 0 where ``mask_BL`` is False."""
-        value_BL = self._apply_head(hidden_states(self.trunk, ids_BL, mask_BL))
-        return torch.where(mask_BL.bool(), value_BL, 0.0)
+        found = states(self.trunk, ids_BL, mask_BL)
+        empty_BL = torch.zeros(ids_BL.shape, dtype=torch.float32, device=ids_BL.device)
+        return empty_BL.index_put((found.row_N, found.column_N), self._apply_head(found.hidden_NH))
 
     def scores(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """The number at each row's last real token, float32 [B]."""
-        hidden_BLH = hidden_states(self.trunk, ids_BL, mask_BL)
         slots_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         last_B = torch.where(mask_BL.bool(), slots_L, -1).max(dim=1).values
         if bool((last_B < 0).any()):
             raise ValueError("a row holds no token, so it has no score")
-        return self._apply_head(hidden_BLH[torch.arange(len(last_B), device=ids_BL.device), last_B])
+        found = states(self.trunk, ids_BL, mask_BL)
+        place_B = (found.column_N == last_B[found.row_N]).nonzero(as_tuple=True)[0]
+        score_B = self._apply_head(found.hidden_NH[place_B])
+        return torch.zeros_like(score_B).index_put((found.row_N[place_B],), score_B)
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):

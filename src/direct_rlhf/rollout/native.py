@@ -1,46 +1,39 @@
-"""The sampler: any Hugging Face causal language model, left-padded batches, a key-value cache, exact log-probabilities.
+"""The sampler: any Hugging Face causal language model, a key-value cache, exact log-probabilities.
 
-Legend: B answers, P prompt slots (left-padded), T response slots (right-padded), A rows still in the batch,
-S attended slots (prompt and response so far), V vocabulary.
+    fill free rows with prompts -> one token for every running row -> take out what ended -> again
 
-A sample depends on its key and its prompt alone: each row draws its uniforms from its own counter-based stream, and
-a token is the inverse of the cumulative distribution at its uniform.
+Models of the Llama family run in our own decoder (`decoder.py`), where a waiting prompt takes a finished answer's row
+at once; any other runs through its own forward (`fallback.py`), batch after batch. A sample depends on its key and its
+prompt alone: each row draws its uniforms from its own counter-based stream, and a token is the inverse of the
+cumulative distribution at its uniform.
+
+Legend: B answers, A rows in the batch, V vocabulary.
 """
 
 import hashlib
-import inspect
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
 from direct_rlhf.data.tokens import Tokens
-from direct_rlhf.errors import ConfigError, DivergenceError, Interrupted
-from direct_rlhf.rollout.stopping import INCOMPLETE, StopHit, StopTracker, TextStream
-from direct_rlhf.rollout.types import FinishReason, Rollout, SampleKey, SamplingSettings
+from direct_rlhf.errors import ConfigError, Interrupted
+from direct_rlhf.rollout.answers import Answers
+from direct_rlhf.rollout.decoder import Decoder, supports
+from direct_rlhf.rollout.fallback import ModelDecoder
+from direct_rlhf.rollout.types import Rollout, SampleKey, SamplingSettings
 
 POLL_EVERY = 4  # steps between two looks at should_stop
-COMPACT_BELOW = 0.75  # share of running rows at which finished rows leave the batch: a copy of the cache must pay
+REFILL = 0.0625  # share of the rows that must be free before prompts take them: one forward for several prompts
+KEEP_ABOVE = 0.875  # share of running rows down to which finished ones stay: taking them out must pay
+BLOCKS = 64  # of the vocabulary, into which the cumulative distribution is cut
 
-SamplerPath = Literal["cached", "uncached"]
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One finished answer; ``ids`` ends in a swapped-in EOS where ``n_actions`` is one less than its length."""
-
-    ids: list[int]
-    n_actions: int
-    logprobs: list[float]  # of the actions
-    finish: FinishReason
-    text: str
+SamplerPath = Literal["fast", "cached", "uncached"]
 
 
 def sample(
@@ -77,26 +70,29 @@ def sample(
              positions; Interrupted when asked to stop; DivergenceError if a log-probability is not finite.
     """
     _check(model, prompts, keys, settings)
-    forward = _Forward(model)
+    answers = Answers(tokens, prompts, keys, settings, on_text)
     longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    answers: dict[int, _Answer] = {}
-    with _eval_mode(model):
-        for rows in _chunks(longest_first, prompts, batch_size, equal_lengths=forward.path == "uncached"):
-            decoding = _Decoding(forward, tokens, rows, prompts, keys, settings, on_text)
-            while decoding.n_running:
-                if should_stop is not None and decoding.step % POLL_EVERY == 0 and should_stop():
+    with _eval_mode(model), torch.inference_mode():
+        for decoder, rows in _batches(model, tokens, longest_first, prompts, settings, batch_size):
+            sampling = _Sampling(decoder, answers, rows, prompts, keys, settings, batch_size or len(rows))
+            while sampling.goes_on:
+                if should_stop is not None and sampling.n_steps % POLL_EVERY == 0 and should_stop():
                     raise Interrupted("sampling was asked to stop; its answers are drawn again on resume, the same")
-                ended = decoding.advance()
+                ended = sampling.advance()
                 if on_step is not None:
                     on_step(ended)
-            answers.update(decoding.answers)
-    ordered = [answers[row] for row in range(len(prompts))]
-    return _rollout(prompts, ordered, keys, policy_version, forward.device)
+    with torch.inference_mode(False):  # what goes on into training must not be an inference tensor
+        return answers.rollout(policy_version, model.device)
 
 
 def sampler_path(model: PreTrainedModel) -> SamplerPath:
-    """``cached`` where the model works with a dynamic key-value cache, else ``uncached``: right, and slower."""
-    return _Forward(model).path
+    """How `sample` runs a model.
+
+    fast: our own decoder; cached: the model's forward with a dynamic key-value cache; uncached: right, and slowest.
+    """
+    if supports(model):
+        return "fast"
+    return "cached" if ModelDecoder(model, pad_id=0, max_new_tokens=1).cached else "uncached"
 
 
 def uniforms(keys: Sequence[SampleKey], n: int) -> np.ndarray:
@@ -122,219 +118,156 @@ def draw(logits_AV: Tensor, uniform_A: Tensor | None, temperature: float) -> tup
     Shapes:  logits [A, V], any float type; uniform [A] float32. Returns int64 [A] and float32 [A].
     """
     logits_AV = logits_AV.float()
-    if uniform_A is None:
-        token_A1 = logits_AV.argmax(-1, keepdim=True)
-    elif temperature != 1:
+    if uniform_A is not None and temperature != 1:
         logits_AV = logits_AV / temperature
     largest_A1 = logits_AV.amax(-1, keepdim=True)
     weight_AV = (logits_AV - largest_A1).exp_()
-    if uniform_A is not None:
-        cumulative_AV = weight_AV.cumsum(-1)
-        token_A1 = torch.searchsorted(cumulative_AV, uniform_A[:, None] * cumulative_AV[:, -1:], right=True)
-        token_A1.clamp_(max=logits_AV.shape[-1] - 1)  # NaN compares as beyond the end
-    logprob_A1 = logits_AV.gather(-1, token_A1) - largest_A1 - weight_AV.sum(-1, keepdim=True).log()
+    if uniform_A is None:
+        token_A1, total_A1 = logits_AV.argmax(-1, keepdim=True), weight_AV.sum(-1, keepdim=True)
+    else:
+        token_A1, total_A1 = _inverse(weight_AV, uniform_A[:, None])
+    logprob_A1 = logits_AV.gather(-1, token_A1) - largest_A1 - total_A1.log()
     return token_A1[:, 0], logprob_A1[:, 0]
 
 
-class _Forward:
-    """Calls a model for the logits of the last slot, with the arguments that its architecture knows."""
+def _inverse(weight_AV: Tensor, uniform_A1: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative weight passes uniform * total, and the total: [A, 1] each.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper hides them
-        known = inspect.signature(base.forward).parameters
-        self.model = model
-        self.device = model.device
-        self.takes_mask, self.takes_positions = "attention_mask" in known, "position_ids" in known
-        self.takes_cache_switch = "use_cache" in known
-        self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self.path: SamplerPath = "uncached"
-        if {"past_key_values", "attention_mask"} <= known.keys() and not getattr(base, "_is_stateful", False):
-            # Only of these is it known that rows can be taken out, whatever a subclass keeps beside keys and values.
-            layers = DynamicCache(config=model.config).layers
-            if {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
-                self.path = "cached"
-
-    def new_cache(self) -> DynamicCache | None:
-        return DynamicCache(config=self.model.config) if self.path == "cached" else None
-
-    def __call__(self, ids: Tensor, mask_AS: Tensor, position: Tensor, cache: DynamicCache | None) -> Tensor:
-        """Logits [A, V] after the last of ``ids``; with a cache, ``ids`` are only the slots that are new to it."""
-        arguments: dict[str, Any] = {"input_ids": ids, **self.last_only}
-        if self.takes_mask:
-            arguments["attention_mask"] = mask_AS
-        if self.takes_positions:
-            arguments["position_ids"] = position
-        if self.takes_cache_switch:
-            arguments["use_cache"] = cache is not None
-        if cache is not None:
-            arguments["past_key_values"] = cache
-        logits: Tensor = self.model(**arguments).logits
-        return logits[:, -1]
+    First the block of the vocabulary is found, then the token in it: two short cumulative sums instead of a long one.
+    """
+    rows, vocabulary = weight_AV.shape
+    size = -(-vocabulary // BLOCKS)
+    if vocabulary % size:
+        weight_AV = torch.nn.functional.pad(weight_AV, (0, -vocabulary % size))
+    weight_ANS = weight_AV.view(rows, -1, size)
+    upto_AN = weight_ANS.sum(-1).cumsum(-1)
+    total_A1 = upto_AN[:, -1:]
+    aim_A1 = uniform_A1 * total_A1
+    block_A1 = torch.searchsorted(upto_AN, aim_A1, right=True).clamp_(max=upto_AN.shape[1] - 1)  # NaN: beyond the end
+    before_A1 = torch.where(block_A1 > 0, upto_AN.gather(1, (block_A1 - 1).clamp_(min=0)), 0.0)
+    within_AS = weight_ANS.gather(1, block_A1[:, :, None].expand(-1, -1, size))[:, 0]
+    upto_AS = within_AS.cumsum(-1)
+    # Rounding may put the aim at or beyond the block's own sum: then it is the last token with any weight.
+    aim_A1 = torch.minimum(aim_A1 - before_A1, upto_AS[:, -1:].nextafter(torch.zeros_like(total_A1)))
+    place_A1 = torch.searchsorted(upto_AS, aim_A1, right=True).clamp_(max=size - 1)
+    return (block_A1 * size + place_A1).clamp_(max=vocabulary - 1), total_A1
 
 
-class _Decoding:
-    """Decodes one batch of prompts; ``advance`` samples one token for every row in the batch."""
+class _Sampling:
+    """Runs a decoder until all of ``rows`` have ended; ``advance`` draws one token for every row in the batch."""
 
     def __init__(
         self,
-        forward: _Forward,
-        tokens: Tokens,
+        decoder: Decoder | ModelDecoder,
+        answers: Answers,
         rows: Sequence[int],
         prompts: Sequence[Sequence[int]],
         keys: Sequence[SampleKey],
         settings: SamplingSettings,
-        on_text: Callable[[int, str], None] | None,
+        capacity: int,
     ) -> None:
-        self.step = 0
-        self.answers: dict[int, _Answer] = {}
-        self._forward, self._tokens, self._settings, self._on_text = forward, tokens, settings, on_text
-        self._keys = keys
-        self._rows = list(rows)  # row of the request in each slot of the batch
-        self._running = [True] * len(rows)
-        self.n_running = len(rows)
-        self._tracker = StopTracker(tokens, settings.stop_strings)
-        self._streams = {row: TextStream(tokens, settings.stop_strings) for row in rows} if on_text else {}
-        self._logprobs: dict[int, list[float]] = {row: [] for row in rows}
-
-        chosen = [prompts[row] for row in rows]
-        # A mask that hides nothing is dropped, and PyTorch's CPU attention for grouped queries is 3 times slower in
-        # bfloat16 without one: one more padding slot keeps it.
-        spare = forward.path == "cached" and forward.device.type == "cpu"
-        ids_AS, mask_AS = left_padded(chosen, tokens.pad_id, max(map(len, chosen)) + spare)
-        self._cache = forward.new_cache()
-        self._ids = ids_AS.to(forward.device)
-        self._n_slots = ids_AS.shape[1]
-        # One allocation for all steps: a mask that grows is a copy a step.
-        more = torch.ones(len(rows), settings.max_new_tokens, dtype=torch.int64)
-        self._mask = torch.cat([mask_AS.long(), more], dim=1).to(forward.device)
-        self._position = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self._uniform_AT: Tensor | None = None
+        self.n_steps = 0
+        self._decoder, self._answers, self._prompts, self._settings = decoder, answers, prompts, settings
+        self._waiting = deque(rows)
+        self._capacity = capacity
+        self._places: list[int | None] = []  # the row of the request in each of the decoder's rows; None: it has ended
+        self._token_A = torch.empty(0, dtype=torch.int64, device=decoder.device)  # drawn last, of each place
+        self._uniform: dict[int, np.ndarray] = {}
         if settings.temperature > 0:
-            drawn = uniforms([keys[row] for row in rows], settings.max_new_tokens)
-            self._uniform_AT = torch.from_numpy(drawn).to(forward.device)
+            self._uniform = dict(zip(rows, uniforms([keys[row] for row in rows], settings.max_new_tokens), strict=True))
 
-    @torch.inference_mode()
+    @property
+    def goes_on(self) -> bool:
+        return bool(self._waiting) or any(row is not None for row in self._places)
+
     def advance(self) -> int:
-        """Sample a token for each row and take out the rows that ended; how many did."""
-        end = self._n_slots + self.step
-        new = self._ids.shape[1]  # all prompt slots first, then one a step (all, without a cache)
-        logits_AV = self._forward(self._ids, self._mask[:, :end], self._position[:, end - new : end], self._cache)
-        uniform_A = None if self._uniform_AT is None else self._uniform_AT[:, self.step]
-        token_A, logprob_A = draw(logits_AV, uniform_A, self._settings.temperature)
-        self.step += 1
-        ended = self._record(token_A.tolist(), logprob_A.tolist())
-        token_A1 = token_A[:, None]
-        self._ids = token_A1 if self._cache is not None else torch.cat([self._ids, token_A1], dim=1)
-        if 0 < self.n_running <= COMPACT_BELOW * len(self._rows):
-            self._compact()
-        return ended
-
-    def _record(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> int:
+        """One token for each running row, then prompts into the rows that became free; how many answers ended."""
+        self.n_steps += 1
         ended = 0
-        eos_ids, is_last = self._tokens.eos_ids, self.step == self._settings.max_new_tokens
-        for slot, row in enumerate(self._rows):  # once a token: keep it short
-            if not self._running[slot]:
-                continue
-            token_id = token_ids[slot]
-            self._logprobs[row].append(logprobs[slot])
-            hit = self._tracker.push(row, token_id)
-            if token_id in eos_ids or hit is not None or is_last:
-                self.answers[row] = self._answer(row, hit)
-                self._running[slot] = False
-                ended += 1
-            if self._on_text is not None:
-                self._emit(row)
-        self.n_running -= ended
+        if self._places:
+            places = range(len(self._places))
+            ended += self._draw(places, self._decoder.step(self._token_A))
+        free = [place for place, row in enumerate(self._places) if row is None]
+        running = len(self._places) - len(free)
+        if self._waiting and (not running or (self._decoder.refills and len(free) >= REFILL * self._capacity)):
+            return ended + self._fill(free)
+        if free and running <= KEEP_ABOVE * len(self._places):
+            self._take_out(free)
         return ended
 
-    def _emit(self, row: int) -> None:
-        stream, answer = self._streams[row], self.answers.get(row)
-        text = stream.push(self._tracker.ids(row)) if answer is None else stream.finish(answer.text)
-        if text and self._on_text is not None:
-            self._on_text(row, text)
+    def _fill(self, free: Sequence[int]) -> int:
+        """Waiting prompts into free places and new ones, and the first token of their answers."""
+        places = [*free, *range(len(self._places), self._capacity)][: len(self._waiting)]
+        if not places:
+            return 0
+        self._places += [None] * (max(places) + 1 - len(self._places))
+        for place in places:
+            self._places[place] = self._waiting.popleft()
+        prompts = [self._prompts[row] for row in map(self._places.__getitem__, places) if row is not None]
+        logits_AV = self._decoder.prefill(places, prompts)
+        more = len(self._places) - len(self._token_A)
+        self._token_A = torch.nn.functional.pad(self._token_A, (0, more))
+        return self._draw(places, logits_AV)
 
-    def _answer(self, row: int, hit: StopHit | None) -> _Answer:
-        """What is kept of a row that has ended: by EOS, else by a stop string, else by the cap."""
-        ids, n_actions, swapped = self._tracker.ids(row), len(self._tracker.ids(row)), []
-        if ids[-1] in self._tokens.eos_ids:
-            finish, text = FinishReason.EOS, self._tokens.decode(ids[:-1])
-        elif hit is not None:
-            finish, text = FinishReason.STOP, self._tokens.decode(ids)[: hit.position]
-            if not self._settings.keep_stop:
-                n_actions = max(hit.n_tokens_before, 1)
-                swapped = [self._tokens.eos_id] if hit.n_tokens_before else []
+    def _draw(self, places: Sequence[int], logits_AV: Tensor) -> int:
+        """Draw for these places; those whose answer ended become free."""
+        rows = [self._places[place] for place in places]
+        uniform_A = None
+        if self._uniform:
+            drawn = [0.0 if row is None else self._uniform[row][self._answers.length(row)] for row in rows]
+            uniform_A = torch.tensor(drawn, dtype=torch.float32).to(logits_AV.device)
+        token_A, logprob_A = draw(logits_AV, uniform_A, self._settings.temperature)
+        if len(places) == len(self._places):
+            self._token_A = token_A
         else:
-            # A cap that cuts a character leaves bytes that are no text.
-            finish, text = FinishReason.LENGTH, self._tokens.decode(ids).rstrip(INCOMPLETE)
-        logprobs = self._logprobs[row][:n_actions]
-        if not np.isfinite(logprobs).all():
-            raise DivergenceError(
-                f"sampling prompt {self._keys[row].prompt_id!r} gave a log-probability that is not finite at answer "
-                f"token {int(np.argmin(np.isfinite(logprobs)))}: the policy's logits hold NaN or inf. Resume from an "
-                "earlier checkpoint with a smaller learning rate, or in float32"
-            )
-        return _Answer(ids[:n_actions] + swapped, n_actions, logprobs, finish, text)
+            self._token_A[torch.tensor(places, device=token_A.device)] = token_A
+        running = [i for i, row in enumerate(rows) if row is not None]
+        if len(running) < len(rows):
+            token_A, logprob_A = (x[torch.tensor(running, device=x.device)] for x in (token_A, logprob_A))
+        ended = self._answers.add([row for row in rows if row is not None], token_A.tolist(), logprob_A)
+        freed = [places[running[i]] for i in ended]
+        for place in freed:
+            self._places[place] = None
+        if freed:
+            self._decoder.rest(freed)
+        return len(freed)
 
-    def _compact(self) -> None:
-        """Take the rows that ended out of the batch."""
-        kept = [slot for slot, running in enumerate(self._running) if running]
-        index_A = torch.tensor(kept, device=self._ids.device)
-        self._rows = [self._rows[slot] for slot in kept]
-        self._running = [True] * len(kept)
-        self._ids, self._mask, self._position = (x[index_A] for x in (self._ids, self._mask, self._position))
-        if self._uniform_AT is not None:
-            self._uniform_AT = self._uniform_AT[index_A]
-        if self._cache is not None:
-            self._cache.batch_select_indices(index_A)
-
-
-def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[Tensor, Tensor]:
-    """Ids (int64) and mask (bool), both [B, width], padded on the left."""
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in sequences])
-    lengths = torch.tensor([len(row) for row in sequences])
-    return ids, torch.arange(width) >= width - lengths[:, None]
+    def _take_out(self, free: Sequence[int]) -> None:
+        """Take the rows that ended out of the batch, moving as few as can be."""
+        n = len(self._places) - len(free)
+        kept = list(range(n))
+        holes = [place for place in free if place < n]
+        last = [place for place in range(n, len(self._places)) if self._places[place] is not None]
+        for hole, place in zip(holes, last, strict=True):
+            kept[hole] = place
+        if n:
+            self._decoder.keep(kept)
+        self._places = [self._places[place] for place in kept]
+        self._token_A = self._token_A[torch.tensor(kept, dtype=torch.int64, device=self._token_A.device)]
 
 
-def _rollout(
+def _batches(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    rows: Sequence[int],
     prompts: Sequence[Sequence[int]],
-    answers: Sequence[_Answer],
-    keys: Sequence[SampleKey],
-    policy_version: int,
-    device: torch.device,
-) -> Rollout:
-    prompt_ids, prompt_mask = left_padded(prompts, 0, max(map(len, prompts)))
-    width = max(len(answer.ids) for answer in answers)
-    slot_T = torch.arange(width)
-    length_B = torch.tensor([len(answer.ids) for answer in answers])
-    n_actions_B = torch.tensor([answer.n_actions for answer in answers])
-
-    def right_padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype)
-
-    return Rollout(
-        prompt_ids_BP=prompt_ids.to(device),
-        prompt_mask_BP=prompt_mask.to(device),
-        response_ids_BT=right_padded([answer.ids for answer in answers], torch.int64).to(device),
-        response_mask_BT=(slot_T < length_B[:, None]).to(device),
-        action_mask_BT=(slot_T < n_actions_B[:, None]).to(device),
-        logprob_BT=right_padded([answer.logprobs for answer in answers], torch.float32).to(device),
-        finish=tuple(answer.finish for answer in answers),
-        texts=tuple(answer.text for answer in answers),
-        keys=tuple(keys),
-        policy_version=policy_version,
-    )
-
-
-def _chunks(
-    rows: Sequence[int], prompts: Sequence[Sequence[int]], batch_size: int | None, *, equal_lengths: bool
-) -> Iterator[list[int]]:
-    """Rows in batches; of one prompt length each where the model may not understand padding."""
+    settings: SamplingSettings,
+    batch_size: int | None,
+) -> Iterator[tuple[Decoder | ModelDecoder, list[int]]]:
+    """A decoder with all rows, or one after the other with those that it runs together."""
+    if supports(model):
+        slots = max(map(len, prompts)) + settings.max_new_tokens
+        yield Decoder(model, rows=min(batch_size or len(rows), len(rows)), slots=slots), list(rows)
+        return
+    cached = sampler_path(model) == "cached"
     groups: dict[int, list[int]] = defaultdict(list)
     for row in rows:
-        groups[len(prompts[row]) if equal_lengths else 0].append(row)
+        groups[0 if cached else len(prompts[row])].append(row)  # without a cache there may be no mask either
     for group in groups.values():
         size = batch_size or len(group)
-        yield from (group[start : start + size] for start in range(0, len(group), size))
+        for start in range(0, len(group), size):
+            decoder = ModelDecoder(model, pad_id=tokens.pad_id, max_new_tokens=settings.max_new_tokens)
+            yield decoder, group[start : start + size]
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 Legend: B answers, P prompt slots (left-padded), T response slots (right-padded), L = P + T.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -20,6 +20,7 @@ from direct_rlhf.maths.advantages import gae
 from direct_rlhf.maths.lagrangian import combine
 from direct_rlhf.maths.masked import masked_mean, whiten
 from direct_rlhf.maths.rewards import clip_scores, explained_variance, finish_scores, token_rewards
+from direct_rlhf.models.batches import by_length
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, Roles
 from direct_rlhf.models.scalar import ScalarModel
@@ -100,12 +101,10 @@ def batch_of(rollout: Rollout, rows: Sequence[int], device: str) -> Batch:
     return Batch(ids.to(device), mask.to(device), action.to(device), longest_prompt, longest_response)
 
 
-def by_length(rollout: Rollout, rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Chunks of ``rows`` with neighbours of like length, so that little padding is computed."""
-    length = (rollout.prompt_mask_BP.sum(1) + rollout.response_mask_BT.sum(1)).tolist()
-    ordered = sorted(rows, key=lambda row: length[row])
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+def total_lengths(rollout: Rollout) -> list[int]:
+    """Tokens of each row, prompt and answer."""
+    lengths: list[int] = (rollout.prompt_mask_BP.sum(1) + rollout.response_mask_BT.sum(1)).tolist()
+    return lengths
 
 
 def answers_of(rollout: Rollout, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -205,14 +204,15 @@ def over_actions(
     chunk: ChunkSize,
     check_stop: Callable[[], None],
 ) -> Tensor:
-    """``compute`` of every row, [B, T] float32 on the CPU, 0 outside the actions; ``chunk`` rows to a forward pass.
+    """``compute`` of every row, [B, T] float32 on the CPU, 0 outside the actions; ``chunk`` padded slots to a
+    forward pass.
 
     Errors: DivergenceError that says ``what`` of which prompt is not finite.
     """
 
-    def attempt(size: int) -> Tensor:
+    def attempt(budget: int) -> Tensor:
         result_BT = torch.zeros(rollout.action_mask_BT.shape)
-        for rows in by_length(rollout, range(len(rollout)), size):
+        for rows in by_length(total_lengths(rollout), range(len(rollout)), budget):
             check_stop()
             batch = batch_of(rollout, rows, device)
             result_BT[rows, : batch.response_slots] = compute(batch).float().cpu()

@@ -16,6 +16,7 @@ from torch import nn
 from direct_rlhf import __version__
 from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.errors import CheckpointError, DataError, DivergenceError, Interrupted
+from direct_rlhf.models import peaks
 from direct_rlhf.models.batches import BATCH_TOKENS
 from direct_rlhf.models.loading import add_lora, load_for, save_causal_lm
 from direct_rlhf.models.memory import ChunkSize
@@ -97,6 +98,7 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
     metrics = ctx.run.metrics(task.stage)
     metrics.rewind(optimiser.steps - (pending is not None) if checkpoint else -1)
 
+    @peaks.phase("save")
     def save() -> None:
         tensors, state = pack(optimiser.state())
         sizes = {phase: chunk.size for phase, chunk in chunks.items()}
@@ -107,6 +109,7 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
             {"optimiser": state, "chunks": sizes, "pending": kept},
         )
 
+    @peaks.phase("train")
     def gradients(rows: list[int]) -> dict[str, float]:
         def attempt(slots: int) -> dict[str, float]:
             optimiser.forget()  # those of an attempt that ran out of memory
@@ -114,11 +117,15 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
 
         return chunks[TRAINING].run(attempt)
 
+    @peaks.phase("check")
+    def check() -> dict[str, float]:
+        return chunks[CHECKING].run(task.evaluate)
+
     if optimiser.steps < steps:
         gradients(sorted(range(len(task.ids)), key=lambda row: -task.lengths[row])[: section.batch_size])
         optimiser.forget()
     if checkpoint is None:
-        metrics.log(0, chunks[CHECKING].run(task.evaluate))
+        metrics.log(0, check())
     with ctx.progress(task.title, total=steps) as bar:
         bar.advance(optimiser.steps)
         while optimiser.steps < steps or pending is not None:
@@ -129,7 +136,7 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
             checks = {}
             if _checks_now(done, steps):
                 try:
-                    checks = chunks[CHECKING].run(task.evaluate)
+                    checks = check()
                 except Interrupted:
                     save()
                     raise
@@ -145,6 +152,7 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
     return steps
 
 
+@peaks.phase("train")
 def _step(
     ctx: StageContext,
     task: Task,

@@ -26,6 +26,7 @@ from direct_rlhf.maths import kl
 from direct_rlhf.maths.lagrangian import Multiplier
 from direct_rlhf.models.loading import save_causal_lm
 from direct_rlhf.models.memory import ChunkSize
+from direct_rlhf.models.peaks import phase
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY, Roles
 from direct_rlhf.randomness import cycle
 from direct_rlhf.recipe.schema import KLSection, OptimiserSection, PpoSection
@@ -89,6 +90,7 @@ class Trainer:
     def roles(self) -> Roles:
         return self.learner.roles
 
+    @phase("save")
     def save(self) -> None:
         progress.save(self.store, self.progress, self.work, self.roles, self.learner.optimisers, self.chunks)
 
@@ -105,7 +107,10 @@ def train_ppo(ctx: StageContext, data: PromptData, inputs: Inputs) -> Path:
     metrics.rewind(state.iteration)
     try:
         if state.iteration < section.iterations and not state.stopped:
-            rehearse(trainer.learner, trainer.judges, trainer.prompts, inputs.tokens, trainer.settings, ctx.check_stop)
+            with phase("update"):
+                rehearse(
+                    trainer.learner, trainer.judges, trainer.prompts, inputs.tokens, trainer.settings, ctx.check_stop
+                )
             _first_probe(trainer)
         with ctx.progress(f"PPO ({inputs.arm})", total=section.iterations) as bar:
             bar.advance(state.iteration)
@@ -151,7 +156,8 @@ def _iteration(trainer: Trainer) -> dict[str, float]:
         point("ppo.warmed")
     experience = estimate(work.scored, section=section, **weights)
     if not work.values:
-        stats = update(experience, learner, iteration=number, position=work.position, check_stop=ctx.check_stop)
+        with phase("update"):
+            stats = update(experience, learner, iteration=number, position=work.position, check_stop=ctx.check_stop)
         work.values = rollout_statistics(experience, prompts) | stats
         work.values |= {"kl_coefficient": state.kl_coefficient, "length_cap": float(cap)}
         if section.lagrangian.enabled:
@@ -172,6 +178,7 @@ def _iteration(trainer: Trainer) -> dict[str, float]:
     return values
 
 
+@phase("update")
 def _warm_up(trainer: Trainer, weights: dict[str, float]) -> None:
     """Critic-only updates before the policy moves for the first time; then the values are those of the new critics."""
     work, learner = trainer.work, trainer.learner
@@ -229,6 +236,7 @@ def _pick_prompts(trainer: Trainer, iteration: int) -> list[tuple[Prompt, list[i
     return [trainer.prompts[i] for i in picked for _ in range(each)]
 
 
+@phase("sample")
 def _sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, list[int]]], iteration: int) -> Rollout:
     each = trainer.section.samples_per_prompt if iteration != HELD_OUT else 1
     seed = trainer.ctx.recipe.seed
@@ -253,6 +261,7 @@ def _sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, list[int]]], iterat
     return trainer.chunks["sample"].run(attempt)
 
 
+@phase("score")
 def _score(trainer: Trainer, rollout: Rollout, prompts: Sequence[Prompt], cap: int) -> Scored:
     return score(
         rollout,
@@ -266,6 +275,7 @@ def _score(trainer: Trainer, rollout: Rollout, prompts: Sequence[Prompt], cap: i
     )
 
 
+@phase("evaluate")
 def _evaluate(trainer: Trainer, iteration: int) -> dict[str, float]:
     """Held-out reward, KL and general skill of the current policy; the guard acts, and the best policy is kept."""
     section, state = trainer.section, trainer.progress
@@ -316,6 +326,7 @@ def _interval(name: str, x_B: torch.Tensor) -> dict[str, float]:
     return {name: mean, f"{name}_low": mean - spread, f"{name}_high": mean + spread}
 
 
+@phase("evaluate")
 def _first_probe(trainer: Trainer) -> None:
     """What later probes are compared with: the general skill of the policy as it starts."""
     if trainer.section.guard.action != "off" and trainer.progress.probe_start is None:
@@ -396,6 +407,7 @@ def _write_samples(
     trainer.ctx.run.sample(trainer.arm, step, rows)
 
 
+@phase("load")
 def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
     recipe, section, tokens = ctx.recipe, ctx.recipe.ppo, inputs.tokens
     dialogue = DialogueFormat(recipe.dialogue, tokens)
@@ -409,7 +421,7 @@ def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
     roles, judges = start(
         ctx, init=inputs.init, tokens=tokens, prompts=prompts, settings=settings, sources=inputs.sources
     )
-    sizes = {"sample": section.rollouts, "score": section.micro_batch_size, "update": section.micro_batch_size}
+    sizes = {"sample": section.rollouts, "score": section.micro_batch_tokens, "update": section.micro_batch_tokens}
     chunks = {name: ChunkSize(f"{inputs.arm}, {name}", size, ctx.say) for name, size in sizes.items()}
     trainer = Trainer(
         ctx=ctx,

@@ -29,21 +29,23 @@ def rehearse(
     Errors: BackendError that says at which length a role failed; OutOfMemoryError for one answer that does not fit.
     """
     prompt, prompt_ids = max(prompts, key=lambda pair: len(pair[1]))
-    rows, length = min(learner.section.minibatch_size, learner.chunk.size), settings.max_new_tokens
+    length = settings.max_new_tokens
+    total = len(prompt_ids) + length
+    rows = min(learner.section.minibatch_size, max(learner.chunk.size // total, 1))
     rollout = _longest(prompt_ids, prompt, rows, length, tokens)
     experience = _experience(rollout, with_cost=judges.cost is not None)
     minibatch, count = list(range(rows)), float(rollout.action_mask_BT.sum())
     key = (learner.seed, 0, 0, 1)  # not an iteration's first minibatch, whose ratio would have to be 1
 
-    def gradients(role: str, size: int) -> object:
+    def gradients(role: str, budget: int) -> object:
         check_stop()
         learner.optimisers[role].forget()
         if role == POLICY:
-            return policy_gradients(experience, minibatch, count, learner, key, size)
-        return critic_gradients(experience, minibatch, count, learner, role, size)
+            return policy_gradients(experience, minibatch, count, learner, key, budget)
+        return critic_gradients(experience, minibatch, count, learner, role, budget)
 
-    def reference(size: int) -> object:
-        batch = batch_of(rollout, minibatch[:size], learner.roles.device)
+    def reference(budget: int) -> object:
+        batch = batch_of(rollout, minibatch[: max(budget // total, 1)], learner.roles.device)
         return learner.roles.reference_logprobs(batch.ids_BL, batch.mask_BL, batch.action_BL, settings.temperature)
 
     role = ""

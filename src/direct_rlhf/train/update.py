@@ -17,6 +17,7 @@ from torch import Tensor
 from direct_rlhf.errors import DivergenceError
 from direct_rlhf.maths.losses import nll, policy_loss, value_loss
 from direct_rlhf.maths.masked import masked_mean
+from direct_rlhf.models.batches import by_length
 from direct_rlhf.models.forward import token_logprobs
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import COST_CRITIC, POLICY, Roles
@@ -24,7 +25,7 @@ from direct_rlhf.randomness import generator, permutation
 from direct_rlhf.recipe.schema import PpoSection
 from direct_rlhf.rollout.types import Rollout
 from direct_rlhf.run.points import point
-from direct_rlhf.train.experience import Batch, Experience, action_values, batch_of, by_length
+from direct_rlhf.train.experience import Batch, Experience, action_values, batch_of, total_lengths
 from direct_rlhf.train.step import Optimiser, Step
 
 RATIO_TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (float("inf"), 0.02)}  # largest and mean |logp - old|, nats
@@ -57,7 +58,7 @@ class Learner:
     optimisers: Mapping[str, Optimiser]  # of each trained role
     text: TextWindows | None
     seed: int
-    chunk: ChunkSize  # answers of a micro-batch
+    chunk: ChunkSize  # padded slots of a micro-batch
     report: Callable[[Step, list[str]], None] = lambda step, batch: None  # a step with a fault, and its prompts' ids
 
     @property
@@ -149,9 +150,9 @@ def _minibatch(
     def step(role: str, gradients: Callable[[int], dict[str, float]]) -> dict[str, float]:
         optimiser = learner.optimisers[role]
 
-        def attempt(size: int) -> dict[str, float]:
+        def attempt(slots: int) -> dict[str, float]:
             optimiser.forget()  # the gradients of an attempt that ran out of memory
-            return gradients(size)
+            return gradients(slots)
 
         found = learner.chunk.run(attempt)
         where = f"{role}, iteration {iteration}, epoch {epoch}, minibatch at {start}, prompts {shown}"
@@ -175,19 +176,19 @@ def _minibatch(
 
 
 def _micro_batches(
-    experience: Experience, minibatch: Sequence[int], size: int, device: str
+    experience: Experience, minibatch: Sequence[int], budget: int, device: str
 ) -> Iterator[tuple[list[int], Batch, Tensor]]:
     """(rows, batch, train mask [b, T] trimmed as the batch is) of each micro-batch."""
     rollout = experience.scored.rollout
-    for rows in by_length(rollout, minibatch, size):
+    for rows in by_length(total_lengths(rollout), minibatch, budget):
         batch = batch_of(rollout, rows, device)
         yield rows, batch, experience.train_mask_BT[rows, : batch.response_slots].to(device)
 
 
 def critic_gradients(
-    experience: Experience, minibatch: Sequence[int], tokens: float, learner: Learner, role: str, size: int
+    experience: Experience, minibatch: Sequence[int], tokens: float, learner: Learner, role: str, budget: int
 ) -> dict[str, float]:
-    """Adds the gradient of a critic's loss; its metrics and "loss"."""
+    """Adds the gradient of a critic's loss, ``budget`` padded slots at once; its metrics and "loss"."""
     scored, roles = experience.scored, learner.roles
     old_BT, return_BT, name = scored.value_BT, experience.return_BT, "value"
     if role == COST_CRITIC:
@@ -196,7 +197,7 @@ def critic_gradients(
         old_BT, return_BT, name = scored.cost_value_BT, experience.cost_return_BT, "cost_value"
     loss_sum = clipped = 0.0
     with roles.criticising(role) as critic:
-        for rows, batch, mask in _micro_batches(experience, minibatch, size, roles.device):
+        for rows, batch, mask in _micro_batches(experience, minibatch, budget, roles.device):
             slots = slice(None, batch.response_slots)
             term = value_loss(
                 action_values(critic, batch).float(),
@@ -218,21 +219,28 @@ def policy_gradients(
     tokens: float,
     learner: Learner,
     key: tuple[int, ...],
-    size: int,
+    budget: int,
 ) -> dict[str, float]:
-    """Adds the gradient of the policy's loss (and of the ptx loss); its metrics and "loss"."""
+    """Adds the gradient of the policy's loss (and of the ptx loss), ``budget`` padded slots at once.
+
+    Returns its metrics and "loss".
+    """
     section, roles, text = learner.section, learner.roles, learner.text
     _, iteration, epoch, start = key
     sums = dict.fromkeys(("policy_loss", "clip_fraction", "k3_old_new", "entropy", "ratio_mean"), 0.0)
     new_and_old: list[tuple[Tensor, Tensor]] = []  # log-probabilities of all tokens of an iteration's first minibatch
     with roles.acting() as policy:
-        for rows, batch, mask in _micro_batches(experience, minibatch, size, roles.device):
+        for rows, batch, mask in _micro_batches(experience, minibatch, budget, roles.device):
             target = torch.zeros_like(batch.action_BL)
             target[:, batch.prompt_slots :] = mask
             new = token_logprobs(
-                policy, batch.ids_BL, batch.mask_BL, target, temperature=section.sampling.temperature, entropy=True
+                policy,
+                batch.ids_BL,
+                batch.mask_BL,
+                target,
+                temperature=section.sampling.temperature,
+                entropy_gradient=section.entropy > 0,
             )
-            assert new.entropy_BL is not None
             logprob_BT = new.logprob_BL[:, batch.prompt_slots :]
             entropy_BT = new.entropy_BL[:, batch.prompt_slots :]
             slots = slice(None, batch.response_slots)
@@ -260,13 +268,13 @@ def policy_gradients(
             new_N, old_N = map(torch.cat, zip(*new_and_old, strict=True))
             check_ratio(new_N, old_N, torch.ones_like(new_N).bool(), dtype=roles.dtype, where=f"iteration {iteration}")
         if text is not None and text.weight > 0:
-            sums["ptx_nll"] = _ptx_backward(policy, text, key, roles.device, size)
+            sums["ptx_nll"] = _ptx_backward(policy, text, key, roles.device, budget)
     total = sums["policy_loss"] + (text.weight * sums["ptx_nll"] if "ptx_nll" in sums and text else 0.0)
     return {"loss": total, **sums}
 
 
-def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: str, size: int) -> float:
-    """Adds the gradient of weight * NLL (token mean) on pretraining text, ``size`` windows at once.
+def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: str, budget: int) -> float:
+    """Adds the gradient of weight * NLL (token mean) on pretraining text.
 
     Returns the NLL, nats per token.
     """
@@ -274,8 +282,7 @@ def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: 
     target_BL = mask_BL.clone()
     target_BL[:, 0] = False
     tokens, total = float(target_BL.sum()), 0.0
-    for start in range(0, len(ids_BL), size):
-        rows = slice(start, start + size)
+    for rows in by_length(mask_BL.sum(1).tolist(), range(len(ids_BL)), budget):
         logprob_bL = token_logprobs(policy, ids_BL[rows], mask_BL[rows], target_BL[rows]).logprob_BL
         loss = nll(logprob_bL, target_BL[rows], denominator=tokens)
         (text.weight * loss).backward()
