@@ -30,7 +30,7 @@ def own_logits(model, ids):
 def test_rows_that_start_move_and_end_at_any_time_keep_the_models_own_logits(build, name):
     model = build(name)
     with torch.inference_mode():
-        decoder = Decoder(model, rows=3, slots=24)
+        decoder = Decoder(model, rows=3, slots=24, longest=9)
         rows = [list(prompt) for prompt in PROMPTS]
         logits = decoder.prefill([0, 1, 2], rows)
         for index in range(13):
@@ -81,7 +81,7 @@ def test_waiting_prompts_take_the_rows_of_ended_answers_while_others_go_on(build
     real = Decoder.prefill
 
     def noting(self, rows, prompts):
-        fills.append((len(self.lengths), list(rows)))
+        fills.append((len(self.first), list(rows)))
         return real(self, rows, prompts)
 
     model = build("llama")
@@ -106,11 +106,11 @@ def test_adapters_count_whether_their_update_is_merged_into_a_copy_or_not(build,
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     with torch.inference_mode():
-        logits = Decoder(wrapped, rows=1, slots=12).prefill([0], [PROMPTS[0]])[0]
+        logits = Decoder(wrapped, rows=1, slots=12, longest=9).prefill([0], [PROMPTS[0]])[0]
         assert_close(logits, own_logits(wrapped, PROMPTS[0]), atol=1e-4, rtol=1e-3)
         assert (logits - plain).abs().max() > 0.1
         with wrapped.disable_adapter():
-            off = Decoder(wrapped, rows=1, slots=12).prefill([0], [PROMPTS[0]])[0]
+            off = Decoder(wrapped, rows=1, slots=12, longest=9).prefill([0], [PROMPTS[0]])[0]
     assert_close(off, plain, atol=1e-4, rtol=1e-3)
 
 
@@ -134,7 +134,7 @@ def test_bfloat16_is_computed_only_where_the_processor_has_it(build, monkeypatch
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compute_dtype(model) is expected
         with torch.inference_mode():
-            decoder = Decoder(model, rows=2, slots=12)
+            decoder = Decoder(model, rows=2, slots=12, longest=9)
             logits = decoder.prefill([0], [PROMPTS[2]])[0]
             after = decoder.step(logits.argmax(-1, keepdim=True))[0]
     assert decoder.key.dtype is expected
@@ -155,3 +155,24 @@ def test_the_draw_by_blocks_is_the_inverse_of_the_whole_cumulative_distribution(
     assert p[token.item()] > 0
     assert upto[token.item()] - 1e-5 <= u <= upto[token.item() + 1] + 1e-5
     assert logprob.item() == pytest.approx(math.log(p[token.item()]), abs=1e-4)
+
+
+def test_a_long_queue_passes_the_last_column_many_times(build, tokens):
+    model, settings_ = build("mistral-window"), SamplingSettings(9, temperature=3.0)
+    prompts = [PROMPTS[row % 3] for row in range(60)]
+    queued = sample(model, tokens, prompts, keys(60), settings_, batch_size=2)
+    at_once = sample(model, tokens, prompts, keys(60), settings_)
+    assert torch.equal(queued.response_ids_BT, at_once.response_ids_BT)
+    assert_close(queued.logprob_BT, at_once.logprob_BT, atol=1e-5, rtol=0)
+
+
+def test_prompts_beyond_the_token_budget_of_one_forward_are_cut_into_several(build, monkeypatch):
+    model = build("llama")
+    with torch.inference_mode():
+        whole = Decoder(model, rows=3, slots=12, longest=9).prefill([0, 1, 2], PROMPTS)
+        monkeypatch.setattr(decoder_module, "PREFILL_TOKENS", 9)
+        decoder, sizes = Decoder(model, rows=3, slots=12, longest=9), []
+        real = decoder._prefill
+        monkeypatch.setattr(decoder, "_prefill", lambda rows, some: sizes.append(len(some)) or real(rows, some))
+        assert_close(decoder.prefill([0, 1, 2], PROMPTS), whole, atol=1e-5, rtol=1e-4)
+    assert sizes == [1, 2]

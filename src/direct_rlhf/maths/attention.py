@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EAGER_SLOTS = 192  # rows up to this length: plain products beat the fused attention kernel on a CPU, above it not
-SAME_GROUP = 1.5  # attention pads rows to at most this times their length
+SAME_GROUP = 2.0  # attention pads rows to at most this times their length
 
 
 @dataclass(frozen=True)

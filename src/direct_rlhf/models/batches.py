@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-BATCH_TOKENS = 1024  # padded slots of one forward pass
+BATCH_TOKENS = 1024  # padded slots of one forward and backward
+SCORE_FACTOR = 4  # a forward that keeps nothing for a backward takes so many times the slots
 
 
 def padded(sequences: Sequence[Sequence[int]], device: str = "cpu") -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.tokens import Tokens, load_tokens
 from direct_rlhf.data.types import Turns
 from direct_rlhf.errors import CheckpointError, ConfigError, DataError
-from direct_rlhf.models.batches import BATCH_TOKENS, by_length, padded
+from direct_rlhf.models.batches import BATCH_TOKENS, SCORE_FACTOR, by_length, padded
 from direct_rlhf.models.loading import autocast, load_causal_lm, load_pretrained, replacing, save_adapter
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.scalar import ScalarModel
@@ -124,7 +124,7 @@ class RewardModel:
 
     @cached_property
     def _chunk(self) -> ChunkSize:
-        return ChunkSize("reward model scores", BATCH_TOKENS)
+        return ChunkSize("reward model scores", SCORE_FACTOR * BATCH_TOKENS)
 
     def encode(self, item: Item) -> list[int] | None:
         """Ids of dialogue and answer as the model reads them (EOS at the end of a finished one); None if too long."""

@@ -344,8 +344,8 @@ class PpoSection(Section):
     """Answers sampled for each prompt of an iteration; must divide `rollouts`."""
     minibatch_size: int = Field(32, ge=1)
     """Answers per optimiser step; must divide `rollouts`."""
-    micro_batch_tokens: int = Field(1024, ge=1)
-    """Padded tokens (prompt and answer) of one forward and backward; changes memory, not results."""
+    micro_batch_tokens: int = Field(1536, ge=1)
+    """Padded tokens (prompt and answer) of a forward and backward, a quarter of scoring's; memory only, not results."""
     epochs: int = Field(4, ge=1)
     """Passes over the rollouts of an iteration."""
     optimiser: OptimiserSection = OptimiserSection(learning_rate=3e-5)

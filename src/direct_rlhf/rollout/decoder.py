@@ -1,18 +1,20 @@
 """The fast path of the sampler: decoder layers of the Llama family over a preallocated key-value cache.
 
-The cache has rows; the first of them are in use, each at its own position, so that a prompt can take the row of a
-finished answer at any time. Weights that are applied to one input stand together, and a step costs the arithmetic of
-the running rows and little beside it. It computes what the model's own forward computes: `supports` tries that on each
-model before it is used.
+The cache has rows and columns. All rows write their next token into the same column, and a row's tokens stand in the
+columns right before it: a prompt can take the row of a finished answer at any time, and a step needs no index. At the
+last column everything moves left. Weights that are applied to one input stand together, and a step costs the arithmetic
+of the running rows and little beside it. It computes what the model's own forward computes: `supports` tries that on
+each model before it is used.
 
-Legend: A rows, N packed prompt tokens of several rows, S slots of the cache, H hidden size, Q query heads, G of them to
-each of K key-value heads, D head size.
+Legend: A rows, N packed prompt tokens of several rows, S positions, C columns, H hidden size, Q query heads, G of them
+to each of K key-value heads, D head size; a = A x K.
 """
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from direct_rlhf.precision import arithmetic
 
 FAMILY = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the length of the text
-ROUND = 8  # rows and attended slots are rounded up: fewer shapes to prepare kernels for
+ROUND = 8  # rows and the first attended column are rounded: fewer shapes to prepare kernels for
+PREFILL_TOKENS = 16384  # of prompts in one forward
 FUSED_BYTES = 2**30  # layer weights beyond this are used where they are: a copy would cost more than it saves
 HIDDEN = float("-inf")
 TRIED = 6  # tokens on which the fast path is compared with the model's own forward
@@ -35,12 +38,12 @@ _verdicts: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDiction
 
 @dataclass(frozen=True)
 class _Layer:
-    attention_norm: Tensor
+    attention_norm: Tensor | None  # None: it is in the weights that follow
     qkv: Callable[[Tensor], Tensor]
     query_norm: Tensor | None  # per head, before the rotation (Qwen3)
     key_norm: Tensor | None
     out: Callable[[Tensor], Tensor]
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     gate_up: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
     window: int | None  # slots that a token sees, itself included
@@ -89,7 +92,7 @@ def _agrees(model: Any, inner: Any) -> bool:
     ids = torch.arange(TRIED, device=inner.device) % inner.config.vocab_size
     own = model(input_ids=ids[None], use_cache=False).logits[0, -1]
     tolerance = 1e-3 if own.dtype is torch.float32 and compute_dtype(model) is torch.float32 else 0.1
-    decoder = Decoder(model, rows=1, slots=TRIED)
+    decoder = Decoder(model, rows=1, slots=TRIED, longest=TRIED - 1)
     decoder.prefill([0], [ids[:-1].tolist()])
     ours = decoder.step(ids[-1:])[0]
     close = (own - ours).abs().max() <= tolerance * (own.abs().max() + 1e-3)
@@ -99,15 +102,17 @@ def _agrees(model: Any, inner: Any) -> bool:
 
 
 class Decoder:
-    """Weights made ready, a cache of ``rows`` x ``slots``, and the two forwards: prompts, and one token for each row.
+    """Weights made ready, a cache, and the two forwards: prompts, and one token for each row.
 
-    Memory: 2 x layers x rows x slots x K x D cache elements in `compute_dtype`, and a copy of the layer weights where
+    A prompt and its answer may have ``slots`` tokens, of which at most ``longest`` are the prompt. ``refills``: prompts
+    may start while other rows go on, which takes half as many columns again.
+    Memory: 2 x layers x rows x columns x K x D cache elements in `compute_dtype`, and a copy of the layer weights where
     these are small or of another type.
     """
 
-    refills = True  # a prompt may start while other rows go on
+    refills = True
 
-    def __init__(self, model: Any, *, rows: int, slots: int) -> None:
+    def __init__(self, model: Any, *, rows: int, slots: int, longest: int, refills: bool = True) -> None:
         inner = _unwrapped(model)
         config, first = inner.config, inner.model.layers[0]
         self.device, self.dtype = inner.device, compute_dtype(model)
@@ -121,8 +126,11 @@ class Decoder:
         self._fuse = self._must_copy(inner)
         with torch.autocast(self.device.type, enabled=False):
             self.embedding = inner.model.embed_tokens.weight
-            self.norm = inner.model.norm.weight.to(self.residual_dtype)
-            self.head = _linear(inner.lm_head.weight.detach().to(self.dtype), None, self._rows, fuse=self._fuse)
+            self.norm = None if self._fuse else inner.model.norm.weight.detach()
+            head = inner.lm_head.weight.detach()
+            if self._fuse:
+                head = head.float() * inner.model.norm.weight.detach().float()
+            self.head = _linear(head.to(self.dtype), None, self._rows, fuse=self._fuse)
             self.layers = [self._layer(layer, index, config) for index, layer in enumerate(inner.model.layers)]
             positions = torch.arange(slots, device=self.device)[None]
             sample = torch.empty(1, dtype=torch.float32, device=self.device)
@@ -132,19 +140,16 @@ class Decoder:
         sign[:, : self.head_size // 2] = -1
         self.cos_SD, self.sin_SD = cos.to(self.residual_dtype), (sin * sign).to(self.residual_dtype)
 
-        size = (len(self.layers), _rounded(rows), self.n_keys)
-        slots = _rounded(slots)
+        columns = slots + slots // 2 if refills else slots
+        size = (len(self.layers), self._rows, self.n_keys)
         # Keys lie transposed, so that the scores are a plain product.
-        self.key = torch.zeros(*size, self.head_size, slots, dtype=self.dtype, device=self.device)
-        self.value = torch.zeros(*size, slots, self.head_size, dtype=self.dtype, device=self.device)
-        self.windows = sorted({layer.window for layer in self.layers if layer.window and layer.window < slots})
-        # What is added to the scores: 0 on a slot that the row may see, else minus infinity; one for each window.
-        self.bias = {
-            window: torch.full((_rounded(rows), slots), HIDDEN, dtype=self.dtype, device=self.device)
-            for window in (None, *self.windows)
-        }
-        self.position_A = torch.zeros(_rounded(rows), dtype=torch.int64, device=self.device)  # of the next token
-        self.lengths: list[int] = []  # the same on the host, of the rows in use
+        self.key = torch.zeros(*size, self.head_size, columns, dtype=self.dtype, device=self.device)
+        self.value = torch.zeros(*size, columns, self.head_size, dtype=self.dtype, device=self.device)
+        # What is added to the scores: minus infinity on columns before a row's first token.
+        self.bias = torch.zeros(self._rows, self.n_keys, 1, columns, dtype=self.dtype, device=self.device)
+        self.position_A = torch.zeros(self._rows, dtype=torch.int64, device=self.device)  # of the next token
+        self._longest = self.column = longest  # the column of the next token; a prompt fits in before it
+        self.first: list[int] = []  # the column of each row's first token, of the rows in use
 
     def _must_copy(self, inner: Any) -> bool:
         """Whether the layers' weights are copied: another type is computed in, or they are small enough.
@@ -166,17 +171,18 @@ class Decoder:
         def norm(module: Any, dtype: torch.dtype) -> Tensor | None:
             return None if module is None else module.weight.detach().to(dtype)
 
-        def linear(*modules: Any) -> Callable[[Tensor], Tensor]:
-            return _fused(modules, self.dtype, self._rows) if self._fuse else _joined(modules)
+        def linear(*modules: Any, norm: Any = None) -> Callable[[Tensor], Tensor]:
+            return _fused(modules, norm, self.dtype, self._rows) if self._fuse else _joined(modules)
 
+        attention_norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         return _Layer(
-            attention_norm=layer.input_layernorm.weight.detach().to(self.residual_dtype),
-            qkv=linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            attention_norm=None if self._fuse else norm(attention_norm, self.residual_dtype),
+            qkv=linear(attention.q_proj, attention.k_proj, attention.v_proj, norm=attention_norm),
             query_norm=norm(getattr(attention, "q_norm", None), self.dtype),
             key_norm=norm(getattr(attention, "k_norm", None), self.dtype),
             out=linear(attention.o_proj),
-            mlp_norm=layer.post_attention_layernorm.weight.detach().to(self.residual_dtype),
-            gate_up=linear(mlp.gate_proj, mlp.up_proj),
+            mlp_norm=None if self._fuse else norm(mlp_norm, self.residual_dtype),
+            gate_up=linear(mlp.gate_proj, mlp.up_proj, norm=mlp_norm),
             down=linear(mlp.down_proj),
             window=getattr(config, "sliding_window", None) if windowed else None,
         )
@@ -186,11 +192,17 @@ class Decoder:
 
         ``rows`` are rows that rest, or the first ones after those in use.
         """
+        self._make_room()
         first: dict[tuple[int, ...], int] = {}  # place of each distinct prompt among them
         which = [first.setdefault(tuple(prompt), len(first)) for prompt in prompts]
         source = [rows[which.index(place)] for place in range(len(first))]
         with torch.autocast(self.device.type, enabled=False):
-            logits_AV = self._prefill(source, list(first))
+            distinct = list(first)
+            parts = [
+                self._prefill([source[i] for i in part], [distinct[i] for i in part])
+                for part in by_tokens([len(prompt) for prompt in distinct], PREFILL_TOKENS)
+            ]
+        logits_AV = torch.cat(parts)
         if len(first) == len(rows):
             return logits_AV
         copies = [(source[place], row) for place, row in zip(which, rows, strict=True) if source[place] != row]
@@ -204,7 +216,9 @@ class Decoder:
         ids_N = torch.tensor([token for index in order for token in prompts[index]], device=self.device)
         row_A = torch.tensor([rows[index] for index in order], device=self.device)
         length_A = torch.tensor(packed.lengths, device=self.device)
-        here = (row_A.repeat_interleave(length_A, output_size=len(ids_N)), packed.position_N)
+        start_A = self.column - length_A
+        in_row = partial(torch.repeat_interleave, repeats=length_A, output_size=len(ids_N))
+        here = (in_row(row_A), in_row(start_A) + packed.position_N)
         cos_N1D, sin_N1D = (table[packed.position_N][:, None] for table in (self.cos_SD, self.sin_SD))
         hidden_NH = F.embedding(ids_N, self.embedding).to(self.residual_dtype)
         for index, layer in enumerate(self.layers):
@@ -213,94 +227,87 @@ class Decoder:
             self.value[index].transpose(1, 2).index_put_(here, value)
             seen = attend(query, key, value, packed, window=layer.window, scale=self.scale)
             hidden_NH = self._finish(layer, hidden_NH, seen)
-        self._open(rows, [len(prompt) for prompt in prompts])
+        hidden_AC = torch.arange(self.key.shape[-1], device=self.device) < start_A[:, None]
+        self.bias[row_A] = torch.zeros_like(self.bias[row_A]).masked_fill_(hidden_AC[:, None, None], HIDDEN)
+        self.position_A[row_A] = length_A
+        self._note(rows, [self.column - len(prompt) for prompt in prompts])
         last_A = torch.empty(len(order), dtype=torch.int64, device=self.device)
         last_A[torch.tensor(order, device=self.device)] = length_A.cumsum(0) - 1
         return self._logits(hidden_NH[last_A])
 
     def step(self, ids_A: Tensor) -> Tensor:
         """Append a token to each row in use; logits [A, V] after it."""
-        n = len(self.lengths)
-        rows, slots = _rounded(n), min(_rounded(max(self.lengths) + 1), self.key.shape[-1])
+        self._make_room()
+        n = len(self.first)
         with torch.autocast(self.device.type, enabled=False):
-            logits_AV = self._step(F.pad(ids_A, (0, rows - n)), rows, slots)
+            logits_AV = self._step(F.pad(ids_A, (0, _rounded(n) - n)))
         self.position_A[:n] += 1
-        self.lengths = [length + 1 for length in self.lengths]
+        self.column += 1
         return logits_AV[:n]
 
-    def _step(self, ids_A: Tensor, rows: int, slots: int) -> Tensor:
-        """``rows`` and ``slots`` are what is computed: rows that were added to round up give finite numbers, unused."""
+    def _step(self, ids_A: Tensor) -> Tensor:
+        """Rows that were added to round up give finite numbers, which nobody reads."""
+        rows, end = len(ids_A), self.column + 1
         position_A = self.position_A[:rows]
-        self._reveal(position_A)
         cos_A1D, sin_A1D = self.cos_SD[position_A][:, None], self.sin_SD[position_A][:, None]
         hidden_AH = F.embedding(ids_A, self.embedding).to(self.residual_dtype)
-        biases = {
-            window: bias[:rows, :slots].repeat_interleave(self.n_keys, 0)[:, None] for window, bias in self.bias.items()
-        }
-        size = (rows * self.n_keys, -1, self.head_size)  # a = A x K from here on
-        here = (torch.arange(size[0], device=self.device), position_A.repeat_interleave(self.n_keys))
+        size = (rows * self.n_keys, -1, self.head_size)
+        bias_a1C = self.bias[:rows].view(rows * self.n_keys, 1, -1)
+        earliest = min(self.first)
         for index, layer in enumerate(self.layers):
             query, key, value = self._project(layer, hidden_AH, cos_A1D, sin_A1D)
-            key_aDS = self.key[index, :rows].view(rows * self.n_keys, self.head_size, -1)
-            value_aSD = self.value[index, :rows].view(size)
-            key_aDS.transpose(1, 2).index_put_(here, key.reshape(-1, self.head_size))
-            value_aSD.index_put_(here, value.reshape(-1, self.head_size))
-            bias_a1S = biases[layer.window if layer.window in self.bias else None]
-            score_aGS = torch.baddbmm(bias_a1S, query.reshape(size), key_aDS[:, :, :slots], alpha=self.scale)
-            seen_aGD = torch.bmm(score_aGS.softmax(-1), value_aSD[:, :slots])
-            hidden_AH = self._finish(layer, hidden_AH, seen_aGD)
+            key_aDC = self.key[index, :rows].view(rows * self.n_keys, self.head_size, -1)
+            value_aCD = self.value[index, :rows].view(size)
+            key_aDC[:, :, self.column] = key.reshape(-1, self.head_size)
+            value_aCD[:, self.column] = value.reshape(-1, self.head_size)
+            begin = earliest // ROUND * ROUND
+            if layer.window is not None:
+                begin = max(begin, end - layer.window)
+            seen = slice(begin, end)
+            score_aGC = torch.baddbmm(bias_a1C[:, :, seen], query.reshape(size), key_aDC[:, :, seen], alpha=self.scale)
+            hidden_AH = self._finish(layer, hidden_AH, torch.bmm(score_aGC.softmax(-1), value_aCD[:, seen]))
         return self._logits(hidden_AH)
 
     def rest(self, rows: Sequence[int]) -> None:
-        """These rows are computed along until a prompt takes them; they start again at position 0."""
-        self.position_A[torch.tensor(rows, device=self.device)] = 0
-        self.lengths = [0 if row in rows else length for row, length in enumerate(self.lengths)]
+        """These rows are computed along, to no effect, until a prompt takes them or `keep` drops them."""
+        self.position_A[torch.tensor(rows, device=self.device)] = 0  # never beyond the last position
+        self._note(rows, [self.column] * len(rows))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows stay in use, in this order."""
         moved = [(source, target) for target, source in enumerate(rows) if source != target]
         if moved:
             self._copy(*zip(*moved, strict=True))
-        self.lengths = self.lengths[: len(rows)]
+        self.first = self.first[: len(rows)]
 
     def _copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Give rows ``target`` what rows ``source`` hold."""
         source_a, target_a = (torch.tensor(rows, device=self.device) for rows in (source, target))
         for whole in (self.key, self.value):
             whole[:, target_a] = whole[:, source_a]
-        for single in (self.position_A, *self.bias.values()):
+        for single in (self.position_A, self.bias):
             single[target_a] = single[source_a]
-        self._note(target, [self.lengths[row] for row in source])
+        self._note(target, [self.first[row] for row in source])
 
-    def _note(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        held = dict(enumerate(self.lengths)) | dict(zip(rows, lengths, strict=True))
-        self.lengths = [held.get(row, 0) for row in range(max(held) + 1)]
+    def _note(self, rows: Sequence[int], first: Sequence[int]) -> None:
+        held = dict(enumerate(self.first)) | dict(zip(rows, first, strict=True))
+        self.first = [held.get(row, self.column) for row in range(max(held) + 1)]
 
-    def _open(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Rows hold prompts of these lengths: what they see, and where their next token goes."""
-        rows_A, length_A = (torch.tensor(list(x), device=self.device) for x in (rows, lengths))
-        place_S = torch.arange(self.key.shape[-1], device=self.device)
-        for window, bias in self.bias.items():
-            seen_AS = place_S < length_A[:, None]
-            if window is not None:
-                seen_AS &= place_S > length_A[:, None] - window  # the next token moves it on by one
-            bias[rows_A] = torch.zeros_like(bias[rows_A]).masked_fill_(~seen_AS, HIDDEN)
-        self.position_A[rows_A] = length_A
-        self._note(rows, lengths)
-
-    def _reveal(self, position_A: Tensor) -> None:
-        """Each row sees the slot its token goes to, and no longer the one that leaves its window."""
-        rows = len(position_A)
-        for window, bias in self.bias.items():
-            if window is not None:
-                left_A = (position_A - window).clamp(min=0)[:, None]
-                kept_A = torch.where(position_A[:, None] >= window, HIDDEN, bias[:rows].gather(1, left_A))
-                bias[:rows].scatter_(1, left_A, kept_A.to(bias.dtype))
-            bias[:rows].scatter_(1, position_A[:, None], 0.0)
+    def _make_room(self) -> None:
+        """Where the last column is taken, move everything left as far as the rows, and the longest prompt, allow."""
+        if self.column < self.key.shape[-1]:
+            return
+        gone = min([*self.first, self.column - self._longest])
+        kept = self.column - gone
+        for whole, dim in ((self.key, -1), (self.value, -2), (self.bias, -1)):
+            whole.narrow(dim, 0, kept).copy_(whole.narrow(dim, gone, kept).clone())
+        self.bias.narrow(-1, kept, gone).zero_()
+        self.first = [first - gone for first in self.first]
+        self.column = kept
 
     def _project(self, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [., Q, D] and keys [., K, D], and values [., K, D]."""
-        normed = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, self.eps).to(self.dtype)
+        normed = self._normed(hidden, layer.attention_norm)
         heads = layer.qkv(normed).view(len(hidden), -1, self.head_size)
         n_queries = self.n_keys * self.group
         turned, value = heads[:, : n_queries + self.n_keys], heads[:, n_queries + self.n_keys :]
@@ -316,17 +323,27 @@ class Decoder:
     def _finish(self, layer: _Layer, hidden: Tensor, seen: Tensor) -> Tensor:
         """The layer's output from what attention saw."""
         hidden = hidden + layer.out(seen.reshape(len(hidden), -1))
-        normed = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, self.eps).to(self.dtype)
+        normed = self._normed(hidden, layer.mlp_norm)
         gate, up = layer.gate_up(normed).chunk(2, -1)
         return hidden + layer.down(F.silu(gate).mul_(up))
 
     def _logits(self, hidden_AH: Tensor) -> Tensor:
-        return self.head(F.rms_norm(hidden_AH, hidden_AH.shape[-1:], self.norm, self.eps).to(self.dtype))
+        return self.head(self._normed(hidden_AH, self.norm))
+
+    def _normed(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        """RMS norm in float32; without a weight where that stands in the layer that follows."""
+        if weight is not None:
+            return F.rms_norm(hidden, hidden.shape[-1:], weight, self.eps).to(self.dtype)
+        wide = hidden.float()
+        size = wide.shape[-1]
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        return (wide * square.add_(self.eps * size).rsqrt_().mul_(size**0.5)).to(self.dtype)
 
 
-def _fused(modules: Sequence[Any], dtype: torch.dtype, rows: int) -> Callable[[Tensor], Tensor]:
-    """Linear layers on one input as a single one, LoRA updates merged; ``rows`` as in `_linear`."""
-    weight = torch.cat([_weight(module).detach().to(dtype) for module in modules])
+def _fused(modules: Sequence[Any], norm: Any, dtype: torch.dtype, rows: int) -> Callable[[Tensor], Tensor]:
+    """Linear layers on one input as a single one, with LoRA updates and the norm's weight; ``rows`` as in `_linear`."""
+    whole = torch.cat([_weight(module).detach() for module in modules])
+    weight = (whole if norm is None else whole.float() * norm.weight.detach().float()).to(dtype)
     biases = [getattr(module, "base_layer", module).bias for module in modules]
     bias = None if biases[0] is None else torch.cat([bias.detach().to(dtype) for bias in biases])
     return _linear(weight, bias, rows, fuse=True)
@@ -363,6 +380,17 @@ def _weight(linear: Any) -> Tensor:
         return weight
     updates = [linear.get_delta_weight(name) for name in linear.active_adapters if name in linear.lora_A]
     return sum((update.float() for update in updates), weight.float())
+
+
+def by_tokens(lengths: Sequence[int], budget: int) -> Iterator[range]:
+    """Places of neighbours with at most ``budget`` tokens together (or one alone)."""
+    start = total = 0
+    for place, length in enumerate(lengths):
+        if total and total + length > budget:
+            yield range(start, place)
+            start, total = place, 0
+        total += length
+    yield range(start, len(lengths))
 
 
 def _rounded(n: int) -> int:

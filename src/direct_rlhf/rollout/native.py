@@ -29,11 +29,16 @@ from direct_rlhf.rollout.fallback import ModelDecoder
 from direct_rlhf.rollout.types import Rollout, SampleKey, SamplingSettings
 
 POLL_EVERY = 4  # steps between two looks at should_stop
-REFILL = 0.0625  # share of the rows that must be free before prompts take them: one forward for several prompts
+REFILL = 0.125  # share of the rows that must be free before prompts take them: one forward for several prompts
 KEEP_ABOVE = 0.875  # share of running rows down to which finished ones stay: taking them out must pay
 BLOCKS = 64  # of the vocabulary, into which the cumulative distribution is cut
 
 SamplerPath = Literal["fast", "cached", "uncached"]
+SAMPLERS: dict[SamplerPath, str] = {
+    "fast": "our own decoder",
+    "cached": "the model's own forward with a key-value cache (our decoder does not know this architecture)",
+    "uncached": "the model's own forward without a cache, which is slow (it keeps a state of its own)",
+}
 
 
 def sample(
@@ -256,8 +261,9 @@ def _batches(
 ) -> Iterator[tuple[Decoder | ModelDecoder, list[int]]]:
     """A decoder with all rows, or one after the other with those that it runs together."""
     if supports(model):
-        slots = max(map(len, prompts)) + settings.max_new_tokens
-        yield Decoder(model, rows=min(batch_size or len(rows), len(rows)), slots=slots), list(rows)
+        longest, capacity = max(map(len, prompts)), min(batch_size or len(rows), len(rows))
+        slots = longest + settings.max_new_tokens
+        yield Decoder(model, rows=capacity, slots=slots, longest=longest, refills=capacity < len(rows)), list(rows)
         return
     cached = sampler_path(model) == "cached"
     groups: dict[int, list[int]] = defaultdict(list)

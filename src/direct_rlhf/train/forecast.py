@@ -15,7 +15,7 @@ from torch import nn
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.data.types import Prompt
 from direct_rlhf.maths.losses import bradley_terry, dpo, nll
-from direct_rlhf.models.batches import BATCH_TOKENS, padded
+from direct_rlhf.models.batches import BATCH_TOKENS, SCORE_FACTOR, padded
 from direct_rlhf.models.footprint import Heap, Weightless, parameter_bytes, weightless
 from direct_rlhf.models.forward import token_logprobs
 from direct_rlhf.models.loading import autocast
@@ -232,12 +232,13 @@ class PpoForecast:
 
     def score(self, rows: int) -> None:
         """The reward's batch of at most ``rows`` answers, the reference's and the critics'."""
-        ids_BL, mask_BL = padded([[0] * self._length] * min(max(BATCH_TOKENS // self._length, 1), rows))
+        ids_BL, mask_BL = padded([[0] * self._length] * min(max(SCORE_FACTOR * BATCH_TOKENS // self._length, 1), rows))
         with torch.no_grad():
             for judge in self.judges:
                 with autocast("cpu", self.roles.dtype):
                     judge.scores(ids_BL, mask_BL)
-            batch = self._batch(min(max(self.section.micro_batch_tokens // self._length, 1), rows))
+            budget = SCORE_FACTOR * self.section.micro_batch_tokens
+            batch = self._batch(min(max(budget // self._length, 1), rows))
             temperature = self.section.sampling.temperature
             self.roles.reference_logprobs(batch.ids_BL, batch.mask_BL, batch.action_BL, temperature)
             for role in self.roles.trained[1:]:
@@ -302,9 +303,9 @@ def sample_once(
     rows, slots = len(prompts), max(lengths) + new_tokens
     if supports(model):
         with plan.making():
-            decoder = Decoder(model, rows=rows, slots=slots)
+            decoder = Decoder(model, rows=rows, slots=slots, longest=max(lengths), refills=False)
         decoder.prefill(list(range(rows)), prompts)
-        decoder.lengths = [slots - 1] * rows
+        decoder.column, decoder.first = slots - 1, [0] * rows
         logits = decoder.step(torch.zeros(rows, dtype=torch.int64)).float()
     else:
         logits = model(input_ids=torch.zeros(rows, slots, dtype=torch.int64), logits_to_keep=1).logits[:, -1].float()

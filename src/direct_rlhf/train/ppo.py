@@ -24,13 +24,14 @@ from direct_rlhf.data.types import Prompt, PromptData
 from direct_rlhf.errors import ConfigError, DataError, DivergenceError, Interrupted
 from direct_rlhf.maths import kl
 from direct_rlhf.maths.lagrangian import Multiplier
+from direct_rlhf.models.batches import SCORE_FACTOR
 from direct_rlhf.models.loading import save_causal_lm
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.peaks import phase
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY, Roles
 from direct_rlhf.randomness import cycle
 from direct_rlhf.recipe.schema import KLSection, OptimiserSection, PpoSection
-from direct_rlhf.rollout.native import sample
+from direct_rlhf.rollout.native import SAMPLERS, sample, sampler_path
 from direct_rlhf.rollout.types import Rollout, SampleKey, SamplingSettings
 from direct_rlhf.run.checkpoints import CheckpointStore
 from direct_rlhf.run.context import StageContext
@@ -421,7 +422,11 @@ def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
     roles, judges = start(
         ctx, init=inputs.init, tokens=tokens, prompts=prompts, settings=settings, sources=inputs.sources
     )
-    sizes = {"sample": section.rollouts, "score": section.micro_batch_tokens, "update": section.micro_batch_tokens}
+    sizes = {
+        "sample": section.rollouts,
+        "score": SCORE_FACTOR * section.micro_batch_tokens,
+        "update": section.micro_batch_tokens,
+    }
     chunks = {name: ChunkSize(f"{inputs.arm}, {name}", size, ctx.say) for name, size in sizes.items()}
     trainer = Trainer(
         ctx=ctx,
@@ -445,6 +450,9 @@ def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
         progress=Progress(kl_coefficient=section.kl.coefficient, multiplier=section.lagrangian.multiplier),
         work=Work(),
     )
+    path = sampler_path(roles.policy)
+    ctx.run.note(inputs.arm, {"sampler": path})
+    ctx.say(f"[{inputs.arm}] answers are sampled by {SAMPLERS[path]}")
     trainer.work = progress.restore(trainer.store, trainer.progress, roles, trainer.learner.optimisers, chunks)
     return trainer
 
