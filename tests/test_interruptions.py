@@ -254,7 +254,7 @@ STAGES = {
 }
 PPO = {  # the first four in one and the same iteration
     "sampling": [Moment("point ppo.iteration"), Moment(SAMPLER, 3, SIGINT)],
-    "scoring": [Moment("point ppo.rollout"), Moment("call direct_rlhf.train.experience:batch_of", 2, SIGTERM)],
+    "scoring": [Moment("point ppo.rollout"), Moment("call direct_rlhf.train.experience:batch_of", 1, SIGTERM)],
     "update": [Moment("point ppo.warmed"), Moment("point ppo.minibatch", 1, SIGINT)],
     "held-out evaluation": [Moment("point ppo.updated"), Moment(SAMPLER, 2, SIGTERM)],
     "saving a checkpoint": [Moment("point ppo.evaluated"), Moment("point checkpoint.before_marker", 1, SIGINT)],

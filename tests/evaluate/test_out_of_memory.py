@@ -13,6 +13,7 @@ from direct_rlhf.evaluate.judge import Judgment
 from direct_rlhf.evaluate.toxicity import ToxicityPrompt, evaluate_toxicity
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.recipe.schema import DialogueSection, GeneralSection
+from direct_rlhf.rollout import decoder
 
 pytestmark = pytest.mark.promise("R3")
 
@@ -24,6 +25,7 @@ class SmallMemory:
         self.rows, self.after = rows, after
         self.seen, self.raised = [], 0
         self._large = 0
+        decoder._verdicts[model] = False  # answers are sampled by the model's own forward, which is watched here
         model.model.register_forward_pre_hook(self._check, with_kwargs=True)
 
     def _check(self, module, args, kwargs):

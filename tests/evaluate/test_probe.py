@@ -14,6 +14,7 @@ from direct_rlhf.evaluate.general import evaluate_general
 from direct_rlhf.evaluate.probe import CapabilityProbe
 from direct_rlhf.models.loading import add_lora, autocast, load_causal_lm
 from direct_rlhf.recipe.schema import GeneralSection, LoraSection
+from direct_rlhf.rollout.native import sampler_path
 
 GO_ON = {"should_stop": lambda: False}
 
@@ -55,6 +56,7 @@ def test_it_gives_evaluate_generals_own_values_document_by_document(bars):
 def test_it_asks_the_same_documents_with_the_same_shots_every_time(model, tokens, task_yaml, generation_yaml, bars):
     probe = make(tokens, task_yaml, generation_yaml, num_fewshot=2, limit=1)
     asked = []
+    sampler_path(model)  # our decoder is tried on each model once
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: asked.append(kwargs["input_ids"].tolist()), with_kwargs=True
     )
