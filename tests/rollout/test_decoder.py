@@ -176,3 +176,16 @@ def test_prompts_beyond_the_token_budget_of_one_forward_are_cut_into_several(bui
         monkeypatch.setattr(decoder, "_prefill", lambda rows, some: sizes.append(len(some)) or real(rows, some))
         assert_close(decoder.prefill([0, 1, 2], PROMPTS), whole, atol=1e-5, rtol=1e-4)
     assert sizes == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [8, 3])
+def test_a_weight_that_is_laid_out_for_its_kernel_gives_the_same_products(dtype, rows):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((512, 256), (512,)))
+    x = torch.randn(rows, 256, generator=generator).to(dtype)
+    assert weight.numel() >= decoder_module.LAID_OUT
+    with torch.inference_mode():
+        for given in (bias, None):
+            found = decoder_module._linear(weight, given, 8, fuse=True)(x)
+            assert_close(found, torch.nn.functional.linear(x, weight, given), atol=1e-4, rtol=1e-2)

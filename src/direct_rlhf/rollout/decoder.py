@@ -28,6 +28,7 @@ FAMILY = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the length of the text
 ROUND = 8  # rows and the first attended column are rounded: fewer shapes to prepare kernels for
 PREFILL_TOKENS = 16384  # of prompts in one forward
+LAID_OUT = 2**16  # elements from which on a weight is laid out for its kernel: MKL reserves megabytes for each
 FUSED_BYTES = 2**30  # layer weights beyond this are used where they are: a copy would cost more than it saves
 HIDDEN = float("-inf")
 TRIED = 6  # tokens on which the fast path is compared with the model's own forward
@@ -351,7 +352,7 @@ def _fused(modules: Sequence[Any], norm: Any, dtype: torch.dtype, rows: int) -> 
 
 def _linear(weight: Tensor, bias: Tensor | None, rows: int, *, fuse: bool) -> Callable[[Tensor], Tensor]:
     """x -> x W^T + b. On a CPU the weight is laid out once as its kernels want it for inputs of ``rows`` rows."""
-    if not fuse or weight.device.type != "cpu":
+    if not fuse or weight.device.type != "cpu" or weight.numel() < LAID_OUT:
         return lambda x: F.linear(x, weight, bias)
     # These operators are what torch.compile itself puts in for frozen weights; a build may lack them.
     mkl, onednn = torch.ops.mkl, torch.ops.mkldnn
