@@ -189,3 +189,17 @@ def test_a_weight_that_is_laid_out_for_its_kernel_gives_the_same_products(dtype,
         for given in (bias, None):
             found = decoder_module._linear(weight, given, 8, fuse=True)(x)
             assert_close(found, torch.nn.functional.linear(x, weight, given), atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_answers_that_all_end_with_their_first_token_make_room_for_the_next(build, pieces, name, batch_size):
+    n_ids = build(name).config.vocab_size
+    every_id_ends = pieces([b"x"] * n_ids, eos_ids=tuple(range(n_ids)))
+    prompts = [[1, 5 + row] for row in range(5)]
+    rollout = sample(build(name), every_id_ends, prompts, keys(5), SamplingSettings(7), batch_size=batch_size)
+    assert rollout.response_mask_BT.tolist() == [[True]] * 5
+    for row, prompt in enumerate(prompts):
+        token = rollout.response_ids_BT[row, 0]
+        expected = own_logits(build(name), prompt).log_softmax(-1)[token]
+        assert rollout.logprob_BT[row, 0].item() == pytest.approx(expected.item(), abs=1e-5)

@@ -8,7 +8,6 @@ Legend: N packed tokens, H hidden size, D head size.
 """
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from direct_rlhf.maths.attention import Rows, attend
-from direct_rlhf.rollout.decoder import in_family
+from direct_rlhf.rollout.decoder import in_family, window_of
 
 TRIED = (5, 3)  # lengths of the rows on which a model is tried
 
@@ -52,10 +51,8 @@ def hidden(backbone: Any, ids_N: Tensor, rows: Rows) -> Tensor:
     hidden_NH = backbone.embed_tokens(ids_N)
     cos, sin = backbone.rotary_emb(hidden_NH, rows.position_N[None])
     cos_N1D, sin_N1D = cos[0][:, None], sin[0][:, None]
-    types = getattr(backbone.config, "layer_types", None)
     for index, layer in enumerate(backbone.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        window = backbone.config.sliding_window if _windowed(backbone.config, types, index) else None
         normed = norm(hidden_NH, layer.input_layernorm)
         query, key, value = (
             linear(normed).unflatten(-1, (-1, attention.head_dim))
@@ -64,17 +61,11 @@ def hidden(backbone: Any, ids_N: Tensor, rows: Rows) -> Tensor:
         if hasattr(attention, "q_norm"):
             query, key = norm(query, attention.q_norm), norm(key, attention.k_norm)
         query, key = rotate(query, cos_N1D, sin_N1D), rotate(key, cos_N1D, sin_N1D)
-        seen = attend(query, key, value, rows, window=window, scale=attention.scaling)
+        seen = attend(query, key, value, rows, window=window_of(backbone.config, index), scale=attention.scaling)
         hidden_NH = hidden_NH + attention.o_proj(seen.flatten(1))
         normed = norm(hidden_NH, layer.post_attention_layernorm)
         hidden_NH = hidden_NH + mlp.down_proj(gated(mlp.gate_proj(normed), mlp.up_proj(normed)))
     return norm(hidden_NH, backbone.norm)
-
-
-def _windowed(config: Any, types: Sequence[str] | None, index: int) -> bool:
-    if getattr(config, "sliding_window", None) is None:
-        return False
-    return types is None or types[index] == "sliding_attention"
 
 
 def norm(x: Tensor, module: Any) -> Tensor:

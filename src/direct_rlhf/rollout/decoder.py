@@ -10,7 +10,6 @@ Legend: A rows, N packed prompt tokens of several rows, S positions, C columns, 
 to each of K key-value heads, D head size; a = A x K.
 """
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ FUSED_BYTES = 2**30  # layer weights beyond this are used where they are: a copy
 HIDDEN = float("-inf")
 TRIED = 6  # tokens on which the fast path is compared with the model's own forward
 
-log = logging.getLogger(__name__)
 _verdicts: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
@@ -61,7 +59,7 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 def supports(model: Any) -> bool:
     """Whether the fast path computes this model: known by its class, and tried once against the model's own forward."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     if not in_family(getattr(inner, "model", inner)) or getattr(getattr(inner, "lm_head", None), "bias", 0) is not None:
         return False
     if inner not in _verdicts:
@@ -69,7 +67,8 @@ def supports(model: Any) -> bool:
     return _verdicts[inner]
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -88,6 +87,14 @@ def in_family(backbone: Any) -> bool:
     )
 
 
+def window_of(config: Any, index: int) -> int | None:
+    """How many tokens a layer sees, the last included; None: all."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 @torch.inference_mode()
 def _agrees(model: Any, inner: Any) -> bool:
     ids = torch.arange(TRIED, device=inner.device) % inner.config.vocab_size
@@ -96,10 +103,9 @@ def _agrees(model: Any, inner: Any) -> bool:
     decoder = Decoder(model, rows=1, slots=TRIED, longest=TRIED - 1)
     decoder.prefill([0], [ids[:-1].tolist()])
     ours = decoder.step(ids[-1:])[0]
-    close = (own - ours).abs().max() <= tolerance * (own.abs().max() + 1e-3)
-    return bool(close) or not bool(
-        own.isfinite().all()
-    )  # a model of NaN is found by the sampler, which names the prompt
+    if not bool(own.isfinite().all()):  # the sampler finds that itself, and names the prompt
+        return True
+    return bool((own - ours).abs().max() <= tolerance * (own.abs().max() + 1e-3))
 
 
 class Decoder:
@@ -111,10 +117,8 @@ class Decoder:
     these are small or of another type.
     """
 
-    refills = True
-
     def __init__(self, model: Any, *, rows: int, slots: int, longest: int, refills: bool = True) -> None:
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         config, first = inner.config, inner.model.layers[0]
         self.device, self.dtype = inner.device, compute_dtype(model)
         self.residual_dtype = arithmetic(self.device, inner.dtype)  # as the model's own residual stream
@@ -123,6 +127,7 @@ class Decoder:
         self.n_keys = int(config.num_key_value_heads)
         self.group = int(config.num_attention_heads) // self.n_keys
         self.scale = self.head_size**-0.5
+        self.refills = refills
         self._rows = _rounded(rows)
         self._fuse = self._must_copy(inner)
         with torch.autocast(self.device.type, enabled=False):
@@ -166,8 +171,6 @@ class Decoder:
 
     def _layer(self, layer: Any, index: int, config: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        types = getattr(config, "layer_types", None)
-        windowed = types[index] == "sliding_attention" if types else True
 
         def norm(module: Any, dtype: torch.dtype) -> Tensor | None:
             return None if module is None else module.weight.detach().to(dtype)
@@ -185,7 +188,7 @@ class Decoder:
             mlp_norm=None if self._fuse else norm(mlp_norm, self.residual_dtype),
             gate_up=linear(mlp.gate_proj, mlp.up_proj, norm=mlp_norm),
             down=linear(mlp.down_proj),
-            window=getattr(config, "sliding_window", None) if windowed else None,
+            window=window_of(config, index),
         )
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -201,7 +204,7 @@ class Decoder:
             distinct = list(first)
             parts = [
                 self._prefill([source[i] for i in part], [distinct[i] for i in part])
-                for part in by_tokens([len(prompt) for prompt in distinct], PREFILL_TOKENS)
+                for part in _by_tokens([len(prompt) for prompt in distinct], PREFILL_TOKENS)
             ]
         logits_AV = torch.cat(parts)
         if len(first) == len(rows):
@@ -336,9 +339,8 @@ class Decoder:
         if weight is not None:
             return F.rms_norm(hidden, hidden.shape[-1:], weight, self.eps).to(self.dtype)
         wide = hidden.float()
-        size = wide.shape[-1]
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        return (wide * square.add_(self.eps * size).rsqrt_().mul_(size**0.5)).to(self.dtype)
+        scale = torch.linalg.vecdot(wide, wide).div_(wide.shape[-1]).add_(self.eps).rsqrt_().unsqueeze(-1)
+        return (wide * scale).to(self.dtype)
 
 
 def _fused(modules: Sequence[Any], norm: Any, dtype: torch.dtype, rows: int) -> Callable[[Tensor], Tensor]:
@@ -383,7 +385,7 @@ def _weight(linear: Any) -> Tensor:
     return sum((update.float() for update in updates), weight.float())
 
 
-def by_tokens(lengths: Sequence[int], budget: int) -> Iterator[range]:
+def _by_tokens(lengths: Sequence[int], budget: int) -> Iterator[range]:
     """Places of neighbours with at most ``budget`` tokens together (or one alone)."""
     start = total = 0
     for place, length in enumerate(lengths):

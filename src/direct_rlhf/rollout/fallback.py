@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from direct_rlhf.rollout.decoder import unwrapped
+
 
 class ModelDecoder:
     """The interface of `decoder.Decoder` over a model's own forward; all rows start together."""
@@ -22,7 +24,7 @@ class ModelDecoder:
     refills = False
 
     def __init__(self, model: Any, *, pad_id: int, max_new_tokens: int) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper hides them
+        base = unwrapped(model)  # a PEFT wrapper hides them
         known = inspect.signature(base.forward).parameters
         self.model, self.device = model, model.device
         self.takes_mask, self.takes_positions = "attention_mask" in known, "position_ids" in known

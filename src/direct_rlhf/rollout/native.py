@@ -189,9 +189,8 @@ class _Sampling:
         """One token for each running row, then prompts into the rows that became free; how many answers ended."""
         self.n_steps += 1
         ended = 0
-        if self._places:
-            places = range(len(self._places))
-            ended += self._draw(places, self._decoder.step(self._token_A))
+        if any(row is not None for row in self._places):  # none is where all answers ended with their first token
+            ended = self._draw(range(len(self._places)), self._decoder.step(self._token_A))
         free = [place for place, row in enumerate(self._places) if row is None]
         running = len(self._places) - len(free)
         if self._waiting and (not running or (self._decoder.refills and len(free) >= REFILL * self._capacity)):

@@ -29,7 +29,7 @@ from direct_rlhf.train.dpo import answer_logprobs
 from direct_rlhf.train.experience import Batch, action_values, batch_of
 from direct_rlhf.train.pairs import EncodedPair, pair_batches
 from direct_rlhf.train.prompts import SAMPLED_AT_ONCE
-from direct_rlhf.train.rehearsal import _experience, _longest
+from direct_rlhf.train.rehearsal import blank_experience, longest_rollout
 from direct_rlhf.train.step import Optimiser
 from direct_rlhf.train.update import Learner, TextWindows, critic_gradients, policy_gradients
 
@@ -249,7 +249,7 @@ class PpoForecast:
         """Two micro-batches of each role (one, if a minibatch has no more) and its step."""
         rows = min(2 * self._micro_batch(), self.section.minibatch_size)
         rollout = self._rollout(rows)
-        experience = _experience(rollout, with_cost=self.roles.cost_critic is not None)
+        experience = blank_experience(rollout, with_cost=self.roles.cost_critic is not None)
         count, key = float(rollout.action_mask_BT.sum()), (0, 0, 0, 1)
         budget = self.section.micro_batch_tokens
         for role in self.roles.trained:
@@ -270,7 +270,7 @@ class PpoForecast:
 
     def _rollout(self, rows: int) -> Any:
         prompt = Prompt("longest", (), "", "")
-        return _longest(self.longest.prompt_ids, prompt, rows, self.section.sampling.max_new_tokens, self.tokens)
+        return longest_rollout(self.longest.prompt_ids, prompt, rows, self.section.sampling.max_new_tokens, self.tokens)
 
     def _batch(self, rows: int) -> Batch:
         return batch_of(self._rollout(rows), range(rows), "cpu")

@@ -32,8 +32,8 @@ def rehearse(
     length = settings.max_new_tokens
     total = len(prompt_ids) + length
     rows = min(learner.section.minibatch_size, max(learner.chunk.size // total, 1))
-    rollout = _longest(prompt_ids, prompt, rows, length, tokens)
-    experience = _experience(rollout, with_cost=judges.cost is not None)
+    rollout = longest_rollout(prompt_ids, prompt, rows, length, tokens)
+    experience = blank_experience(rollout, with_cost=judges.cost is not None)
     minibatch, count = list(range(rows)), float(rollout.action_mask_BT.sum())
     key = (learner.seed, 0, 0, 1)  # not an iteration's first minibatch, whose ratio would have to be 1
 
@@ -68,7 +68,7 @@ def rehearse(
         ) from error
 
 
-def _longest(prompt_ids: Sequence[int], prompt: Prompt, rows: int, length: int, tokens: Tokens) -> Rollout:
+def longest_rollout(prompt_ids: Sequence[int], prompt: Prompt, rows: int, length: int, tokens: Tokens) -> Rollout:
     """``rows`` times the same prompt, with an answer of ``length`` tokens, all of them actions."""
     answer = list(prompt_ids[-1:]) * length
     ones = torch.ones(rows, length, dtype=torch.bool)
@@ -86,7 +86,7 @@ def _longest(prompt_ids: Sequence[int], prompt: Prompt, rows: int, length: int, 
     )
 
 
-def _experience(rollout: Rollout, *, with_cost: bool) -> Experience:
+def blank_experience(rollout: Rollout, *, with_cost: bool) -> Experience:
     """Zeros everywhere: only shapes matter here."""
     zero_BT, zero_B = torch.zeros_like(rollout.logprob_BT), torch.zeros(len(rollout))
     cost = zero_BT if with_cost else None
