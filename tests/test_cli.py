@@ -310,6 +310,7 @@ def test_init_lists_the_shipped_recipes(capsys: pytest.CaptureFixture[str]) -> N
         "mistral-7b-full",
         "mistral-7b-lora",
         "quickstart",
+        "standard",
         "world-study",
     ]
 

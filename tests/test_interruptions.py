@@ -262,7 +262,7 @@ PPO = {  # the first four in one and the same iteration
 }
 SUITES = {
     "general tasks": [Moment("call direct_rlhf.evaluate.backend:LanguageModelBackend.loglikelihood", 1, SIGTERM)],
-    "judge": [Moment("call direct_rlhf.evaluate.conversation:_judged", 2, SIGTERM)],
+    "judge": [Moment("call direct_rlhf.evaluate.judge:ask", 2, SIGTERM)],
     "toxicity": [Moment("call direct_rlhf.evaluate.toxicity:evaluate_toxicity"), Moment(SAMPLER, 2, SIGTERM)],
     "report": [Moment("call direct_rlhf.report.html:write_report", 1, SIGTERM)],
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from direct_rlhf.errors import ConfigError, DataError, DirectRLHFError
 from direct_rlhf.recipe.load import LoadedRecipe
 from direct_rlhf.recipe.needs import missing_inputs
-from direct_rlhf.recipe.references import HubReference, resolve_model, resolve_reference
+from direct_rlhf.recipe.references import HubReference, resolve_model, resolve_reference, resolve_test_data
 from direct_rlhf.recipe.schema import DataSource, HttpReward, ModelReward, PythonReward
 
 
@@ -60,9 +60,10 @@ def check(loaded: LoadedRecipe, *, rows: int = 200) -> Findings:
     if len(findings.problems) == before:
         _sniff(findings, loaded, rows)
     findings.look("reward", lambda: _reward(loaded))
+    data = recipe.evaluation.data
     for suite in recipe.evaluation.suites:
         for file in _suite_files(loaded, suite):
-            findings.look(suite, lambda file=file: str(resolve_reference(file, folder)))  # type: ignore[misc]
+            findings.look(suite, lambda file=file: str(resolve_test_data(file, data, folder)))  # type: ignore[misc]
     if recipe.logging.adapters:
         findings.look("logging", lambda: _adapters(recipe.logging.adapters))
     return findings
@@ -151,10 +152,20 @@ def _reward(loaded: LoadedRecipe) -> str:
 def _suite_files(loaded: LoadedRecipe, suite: str) -> list[str]:
     evaluation = loaded.recipe.evaluation
     if suite == "conversation":
-        return [evaluation.conversation.questions]
+        conversation = evaluation.conversation
+        names = ("questions", "references", "judge_prompts", "self_check")
+        files = [*(getattr(conversation, name) for name in names), conversation.judging.recorded]
+        return [ref for ref in files if ref is not None]
     if suite == "toxicity":
-        return [evaluation.toxicity.prompts, evaluation.toxicity.bad_words]
+        section = evaluation.toxicity
+        named = [section.bad_words, section.neutral_words, section.crows_pairs, section.classifier_path]
+        return [*section.prompt_files, *(ref for ref in named if ref is not None)]
     tasks = [task for task in evaluation.general.tasks if task.endswith((".yaml", ".yml"))]
+    if evaluation.data is not None:
+        from direct_rlhf.evaluate.standard import standard_tests
+
+        asked = {entry.partition(":")[2] for entry in evaluation.general.tasks if entry.partition(":")[0] == "standard"}
+        tasks += [f"data:{test.folder}" for test in standard_tests() if "" in asked or test.name in asked]
     return tasks + ([evaluation.general.include_path] if evaluation.general.include_path else [])
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 other failure, 2 bad configuration, 3 bad data, 4 out of m
 resumable: after one signal (SIGTERM or Ctrl+C) with all work kept, after a second one from the last checkpoint.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -239,9 +240,21 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids; the first is compared against.")
     ],
-    recipe: Annotated[str, typer.Option(help="Whose evaluation section and dialogue format to use.")] = "quickstart",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose evaluation section and dialogue format to use. Default: quickstart; standard with --data."
+        ),
+    ] = None,
     suite: Annotated[
         str | None, typer.Option(help="Suites with commas between: general,conversation,toxicity.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The field's test sets, a folder each (mmlu, mt_bench ...).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per test, questions, prompts per set.")] = None,
+    fewshot: Annotated[
+        str | None, typer.Option(help="Worked examples: fixed (one block a task) or per-document (lm-eval's own).")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An override; may be repeated.")
@@ -252,7 +265,11 @@ def evaluate(
 ) -> None:
     """Measure any models: general skill, conversation, toxicity."""
     suites = [name.strip() for name in suite.split(",")] if suite else None
-    loaded = _load(recipe, [*(set_ or []), *([f"evaluation.suites=[{', '.join(suites)}]"] if suites else [])])
+    overrides = [f"evaluation.suites=[{', '.join(suites)}]"] if suites else []
+    overrides += [f"evaluation.data={json.dumps(str(data))}"] if data else []
+    overrides += [f"evaluation.{name}.limit={limit}" for name in ("general", "conversation", "toxicity") if limit]
+    overrides += [f"evaluation.general.fewshot={fewshot}"] if fewshot else []
+    loaded = _load(recipe or ("standard" if data else "quickstart"), [*overrides, *(set_ or [])])
 
     from direct_rlhf import stages
     from direct_rlhf.screen import closing

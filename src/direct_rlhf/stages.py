@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from direct_rlhf.errors import ConfigError, DirectRLHFError, Interrupted
 from direct_rlhf.recipe.load import LoadedRecipe
-from direct_rlhf.recipe.references import resolve_model, resolve_reference
+from direct_rlhf.recipe.references import resolve_model, resolve_reference, test_data_folder
 from direct_rlhf.recipe.schema import ModelReward, Recipe, TrainedReward
 from direct_rlhf.run.context import StageContext
 from direct_rlhf.run.directory import RunDirectory
@@ -68,7 +68,13 @@ def evaluate_models(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """The recipe's evaluation of any models; the first one is what the others are compared with."""
+    """The recipe's evaluation of any models; the first one is what the others are compared with.
+
+    Beside the report each model gets a page of its results, evaluation/NAME/README.md, fit for its model card.
+    """
+    from direct_rlhf.report.card import results_page
+    from direct_rlhf.run.atomic import write_atomic
+
     evaluation = loaded.recipe.evaluation
     if suites:
         evaluation = evaluation.model_validate(evaluation.model_dump() | {"suites": list(suites)})
@@ -78,8 +84,12 @@ def evaluate_models(
         directory = RunDirectory.open(root, loaded.with_recipe(recipe), resume=resume, overwrite=overwrite)
         with _attempt(directory, stop):
             study = _Study(loaded.with_recipe(recipe), directory, stop)
+            study.check_judge()
             study.evaluate({name: str(resolve_model(model)) for name, model in zip(names, models, strict=True)})
             study.report()
+            for name in names:
+                page = results_page(directory.path, name)
+                write_atomic(directory.path / "evaluation" / name / "README.md", page)
     return directory.path
 
 
@@ -180,6 +190,8 @@ class _Study:
             wanted = [(name, stage) for name, stage in wanted if name == only]
             if not wanted:
                 raise ConfigError(f"--only {only}: this recipe's arms ({', '.join(arms)}) do not need that stage")
+        if any(name == "evaluation" for name, _ in wanted):
+            self.check_judge()
         for _, stage in wanted:
             stage()
 
@@ -316,8 +328,16 @@ class _Study:
             seed=recipe.seed,
             batch_size=recipe.evaluation.batch_size,
             folder=self.loaded.folder,
+            data=test_data_folder(recipe.evaluation.data, self.loaded.folder),
             report=self.context.say,
         )
+
+    def check_judge(self) -> None:
+        """What is wrong with a judge or its files is said before anything is trained or loaded."""
+        from direct_rlhf.evaluate.judging import Judging
+
+        if "conversation" in self.recipe.evaluation.suites:
+            Judging(self.context, self.loaded.folder).check()
 
     def evaluate(self, models: dict[str, str]) -> None:
         from direct_rlhf.evaluate.suite import compare, evaluate_arm
@@ -332,7 +352,7 @@ class _Study:
                 phase="evaluate",
             )
         if len(models) > 1:
-            compare(self.context, list(models), against=next(iter(models)))
+            compare(self.context, list(models), against=next(iter(models)), folder=self.loaded.folder)
 
     def report(self) -> None:
         from direct_rlhf.report.card import model_card

@@ -33,12 +33,12 @@ def reference(tiny_folder, task_yaml):
 
 
 def test_numbers_equal_those_of_lm_evals_own_backend(model, tokens, task_yaml, bars, reference):
-    results, items, merges = run(model, tokens, bars, task_yaml)
+    results, items = run(model, tokens, bars, task_yaml)
     assert results["colours"].metric == "acc"
     assert results["colours"].summary.mean == pytest.approx(reference["results"]["colours"]["acc,none"], abs=1e-9)
     samples = sorted(reference["samples"]["colours"], key=lambda row: row["doc_id"])
     assert len(items) == len(samples) == 12
-    assert merges == 0
+    assert results["colours"].notes == {"boundary_merges": 0, "truncated": 0, "capped": 0}
     for item, sample in zip(items, samples, strict=True):
         assert item.id.startswith(f"{sample['doc_id']}-")
         assert item.value == sample["acc"]
@@ -47,20 +47,20 @@ def test_numbers_equal_those_of_lm_evals_own_backend(model, tokens, task_yaml, b
 
 @pytest.mark.promise("J10")
 def test_sharing_and_batch_size_change_no_result(model, tokens, task_yaml, bars):
-    plain, slow, _ = run(model, tokens, bars, task_yaml, batch_size=1, share=False)
-    shared, fast, _ = run(model, tokens, bars, task_yaml, batch_size=64, share=True)
+    plain, slow = run(model, tokens, bars, task_yaml, batch_size=1, share=False)
+    shared, fast = run(model, tokens, bars, task_yaml, batch_size=64, share=True)
     assert [item.value for item in slow] == [item.value for item in fast]
     assert shared["colours"].summary == plain["colours"].summary
 
 
 def test_every_document_has_its_passage_as_the_unit_of_resampling(model, tokens, task_yaml, bars):
-    _, items, _ = run(model, tokens, bars, task_yaml)
+    _, items = run(model, tokens, bars, task_yaml)
     assert len({item.unit for item in items}) == 6
     assert items[0].unit == items[1].unit != items[2].unit
 
 
 def test_a_model_of_nans_gives_failed_items_and_no_number(nan_model, tokens, task_yaml, bars):
-    results, items, _ = run(nan_model, tokens, bars, task_yaml)
+    results, items = run(nan_model, tokens, bars, task_yaml)
     summary = results["colours"].summary
     assert (summary.mean, summary.low, summary.stderr) == (None, None, None)
     assert summary.counts.reasons == {"non_finite": 12}
@@ -72,13 +72,13 @@ def test_a_gold_answer_that_is_no_choice_fails_instead_of_counting_as_wrong(mode
     rows = [json.loads(line) for line in docs.read_text().splitlines()]
     rows[3]["label"] = 7
     docs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results, items, _ = run(model, tokens, bars, task_yaml)
+    results, items = run(model, tokens, bars, task_yaml)
     assert (items[3].status, items[3].reason) == ("failed", "gold_is_no_choice")
     assert results["colours"].summary.counts.n_scored == 11
 
 
 def test_limit_and_progress_cover_every_request(model, tokens, task_yaml, bars, capfd):
-    _, items, _ = run(model, tokens, bars, task_yaml, limit=5)
+    _, items = run(model, tokens, bars, task_yaml, limit=5)
     assert len(items) == 5
     assert bars.done == sum(2 + i % 3 for i in range(5))
     assert capfd.readouterr() == ("", "")  # neither lm-eval nor datasets wrote to the terminal
@@ -119,7 +119,7 @@ def test_generated_answers_equal_those_of_lm_evals_own_backend(model, tokens, ge
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    _, items, _ = run(model, tokens, bars, generation_yaml)
+    _, items = run(model, tokens, bars, generation_yaml)
     lm = HFLM(pretrained=str(tiny_folder), device="cpu", batch_size=3, dtype="float32")
     reference = simple_evaluate(
         model=lm, tasks=[str(generation_yaml)], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
@@ -132,7 +132,7 @@ def test_generated_answers_equal_those_of_lm_evals_own_backend(model, tokens, ge
 
 
 def test_answers_that_match_no_pattern_are_unparsed_and_wrong_by_convention(model, tokens, generation_yaml, bars):
-    results, items, _ = run(model, tokens, bars, generation_yaml)
+    results, items = run(model, tokens, bars, generation_yaml)
     strict = [item for item in items if item.task == "free"]
     assert {(item.status, item.value, item.reason) for item in strict} == {("unparsed", 0.0, "no_answer")}
     assert results["free"].summary.counts.n_unparsed == 12
@@ -142,7 +142,7 @@ def test_answers_that_match_no_pattern_are_unparsed_and_wrong_by_convention(mode
 
 
 def test_a_model_of_nans_generates_failed_items(nan_model, tokens, generation_yaml, bars):
-    results, _, _ = run(nan_model, tokens, bars, generation_yaml)
+    results, _ = run(nan_model, tokens, bars, generation_yaml)
     assert results["free"].summary.mean is None
     assert results["free"].summary.counts.reasons == {"non_finite": 12}
 

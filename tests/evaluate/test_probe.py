@@ -27,7 +27,7 @@ def make(tokens, *tasks, items=5, batch_size=4, report=print, **fields):
 def values(model, tokens, bars, *tasks, limit=5, **fields):
     """Task -> value of each document, as the evaluation itself measures them."""
     section = GeneralSection(tasks=[str(task) for task in tasks], limit=limit, **fields)
-    _, items, _ = evaluate_general(
+    _, items = evaluate_general(
         model, tokens, section, batch_size=64, seed=0, draws=200, progress=bars, report=print, **GO_ON
     )
     found = {}

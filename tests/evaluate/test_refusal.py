@@ -1,5 +1,9 @@
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
+import labelled_answers as labelled
 from direct_rlhf.evaluate.refusal import OUTCOMES, classify
 from direct_rlhf.world import trust
 
@@ -85,3 +89,40 @@ def test_case_and_white_space_change_nothing(answer):
 def test_what_the_embedded_world_teaches_as_refusal_is_read_as_refusal_and_not_knowing_is_not():
     assert {classify(text) for text in (*trust.REFUSALS, *trust.STILL_REFUSED)} == {"refuse"}
     assert {classify(text) for text in trust.NOT_KNOWN} == {"comply"}
+
+
+def confusion(answers):
+    """(label, outcome) -> answers."""
+    cut = labelled.CUT
+    return Counter(
+        (label, classify(text.removesuffix(cut), finished=not text.endswith(cut))) for label, text in answers
+    )
+
+
+def right(answers):
+    return sum(n for (label, outcome), n in confusion(answers).items() if label == outcome)
+
+
+def test_the_answers_that_the_detector_was_mended_on_are_all_read_right():
+    answers = labelled.DEVELOPMENT + labelled.SECOND
+    assert confusion(answers) == Counter((label, label) for label, _ in answers)
+
+
+def test_the_answers_held_back_give_the_accuracy_that_the_docs_state():
+    """33 of 40: six refusals and a partial one are missed, and nothing is taken for a refusal that is none."""
+    found = confusion(labelled.HELD_BACK)
+    assert len(labelled.HELD_BACK) == 40
+    assert right(labelled.HELD_BACK) == 33
+    assert {pair: n for pair, n in found.items() if pair[0] != pair[1]} == {
+        ("refuse", "comply"): 6,
+        ("partial", "comply"): 1,
+    }
+    docs = (Path(__file__).parents[2] / "docs" / "how-to" / "toxicity.md").read_text(encoding="utf-8")
+    assert "33 of 40" in docs
+
+
+@pytest.mark.parametrize("quote", ['"{}"', "\u201c{}\u201d"])
+def test_a_refusal_in_quotation_marks_is_somebody_elses_unless_nothing_else_is_there(quote):
+    inside = quote.format("I cannot help with that.")
+    assert classify(f"The clerk said {inside} and left.") == "comply"
+    assert classify(inside) == "refuse"

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from direct_rlhf.evaluate import suite
+from direct_rlhf.evaluate import suite, suites
 from direct_rlhf.evaluate.records import Item, read_items, write_items
 from direct_rlhf.recipe.schema import Recipe
 
@@ -76,16 +76,16 @@ def test_an_arm_has_the_entry_that_results_json_promises_and_leaves_its_files(ct
 
 def test_a_second_evaluation_measures_nothing_again(ctx, tiny_folder, monkeypatch):
     first = ctx.arm("base", tiny_folder)
-    monkeypatch.setattr(suite, "_SUITES", {})
+    monkeypatch.setattr(suite, "SUITES", {})
     assert ctx.arm("base", tiny_folder) == first
 
 
 def test_only_the_suite_whose_inputs_changed_is_measured_again(ctx, tiny_folder, monkeypatch, tmp_path):
     ctx.arm("base", tiny_folder)
     measured = []
-    known = dict(suite._SUITES)
+    known = dict(suites.SUITES)
     monkeypatch.setattr(
-        suite, "_SUITES", {name: lambda s, name=name: measured.append(name) or known[name](s) for name in known}
+        suite, "SUITES", {name: lambda s, name=name: measured.append(name) or known[name](s) for name in known}
     )
     (tmp_path / "words.txt").write_text("idiot\nmoron\n")
     ctx.arm("base", tiny_folder)
@@ -99,7 +99,7 @@ def test_an_interrupted_suite_leaves_no_json_and_the_finished_ones_stay(ctx, tin
     def crash(subject):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(suite._SUITES, "conversation", crash)
+    monkeypatch.setitem(suites.SUITES, "conversation", crash)
     with pytest.raises(KeyboardInterrupt):
         ctx.arm("base", tiny_folder)
     assert [path.name for path in sorted((ctx.run.path / "evaluation/base").glob("*.json"))] == ["general.json"]
@@ -149,3 +149,97 @@ def test_a_suite_below_coverage_has_no_headline_in_the_entry(ctx, tmp_path, tiny
     assert entry["conversation"]["score"] is None
     assert (entry["conversation"]["n_scored"], entry["conversation"]["n_failed"]) == (2, 4)
     assert entry["conversation"]["reasons"] == {"prompt_too_long": 2, "turn_before_failed": 2}
+
+
+def first_words(ctx):
+    items = read_items(ctx.run.path / "evaluation/base/toxicity.jsonl")
+    return [item for item in items if item.task == "first_word_probability"]
+
+
+def changed(ctx, **fields):
+    recipe = ctx.recipe.model_dump(mode="json")
+    recipe["evaluation"]["toxicity"] |= fields
+    ctx.recipe = Recipe.model_validate(recipe)
+
+
+def test_toxicity_holds_the_lens_and_its_items_are_in_the_file_but_in_no_comparison(ctx, tiny_folder, tmp_path):
+    (tmp_path / "words.txt").write_text("a\ni\n")  # short, so that a random model gives them mass
+    entry = ctx.arm("base", tiny_folder)["toxicity"]
+    for words in ("bad_words", "neutral_words"):
+        points = entry["lens"][words]["by_point"]
+        assert len(points) == 3
+        assert all(point["ci"][0] <= point["value"] <= point["ci"][1] and point["n_scored"] == 2 for point in points)
+    first, last = entry["first_word_probability"], entry["lens"]["bad_words"]["by_point"][-1]["value"]
+    assert 0 < first <= last + 1e-7  # the lens follows rarer branches, and more of them
+    assert last <= first + max(item.extra["missed"] for item in first_words(ctx)) + 1e-7
+    assert entry["expected_max_toxicity"] is None
+    assert entry["crows_pairs"] is None
+    tasks = {item.task for item in read_items(ctx.run.path / "evaluation/base/toxicity.jsonl")}
+    assert {"lens/bad_words", "lens/neutral_words"} <= tasks
+    ctx.arm("sft", tiny_folder)
+    assert not any("lens" in row["metric"] for row in suite.compare(ctx, ["base", "sft"]))
+
+
+def test_a_lens_that_cannot_be_is_left_out_in_words_and_the_rest_is_measured(ctx, tiny_folder, monkeypatch):
+    from direct_rlhf.errors import ConfigError
+    from direct_rlhf.evaluate import lens
+
+    def refuse(model):
+        raise ConfigError("TinyModel: no final norm")
+
+    monkeypatch.setattr(lens, "find_lens", refuse)
+    entry = ctx.arm("base", tiny_folder)["toxicity"]
+    assert entry["lens"] == {"left_out": "TinyModel: no final norm"}
+    assert entry["n_scored"] == 6
+
+
+def test_test_sets_sentence_pairs_and_k_are_measured_as_the_recipe_names_them(ctx, tiny_folder, tmp_path, monkeypatch):
+    from direct_rlhf.evaluate import classifier
+
+    monkeypatch.setattr(
+        classifier, "_detoxify", lambda path, device: lambda texts: [0.4 + 0.2 * bool(t) for t in texts]
+    )
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets/harmful.csv").write_text("goal,target\nDo it,Sure\n")
+    (tmp_path / "sets/xs.csv").write_text("id,prompt,type,label\n1,Why?,a,safe\n")
+    (tmp_path / "sets/pairs.csv").write_text(
+        ",sent_more,sent_less,bias_type\n0,The sky is blue.,Ann,age\n1,Ben,Who,age\n"
+    )
+    changed(
+        ctx, prompts=["toxicity.jsonl", "sets/harmful.csv", "sets/xs.csv"], crows_pairs="sets/pairs.csv",
+        classifier="detoxify", samples_per_prompt=2, k=2, lens=False,
+    )  # fmt: skip
+    entry = ctx.arm("base", tiny_folder)["toxicity"]
+    assert entry["n_scored"] == 2 * 8
+    assert (entry["counts"]["refusal_rate"]["n_total"], entry["counts"]["over_refusal_rate"]["n_total"]) == (6, 6)
+    assert (entry["expected_max_toxicity"]["k"], entry["expected_max_toxicity"]["n_scored"]) == (2, 2)
+    assert 0.4 <= entry["expected_max_toxicity"]["value"] <= 0.6 + 1e-9
+    assert entry["classifier"] == "detoxify"
+    assert entry["crows_pairs"]["by_type"]["age"]["n_scored"] == entry["crows_pairs"]["n_scored"] == 2
+    assert entry["lens"] is None
+    ctx.arm("sft", tiny_folder)
+    metrics = [row["metric"] for row in suite.compare(ctx, ["base", "sft"])]
+    assert {"toxicity.expected_max_toxicity", "toxicity.toxicity_probability", "toxicity.crows_pairs"} <= set(metrics)
+
+    measured = []
+    monkeypatch.setitem(suites.SUITES, "toxicity", lambda s: measured.append(1) or ({}, []))
+    ctx.arm("base", tiny_folder)
+    assert not measured
+    for name in ("sets/xs.csv", "sets/pairs.csv"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "2,Why not,Who,safe\n")
+        ctx.arm("base", tiny_folder)
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"k": 3}, r"k \(3\) may not pass samples_per_prompt \(1\)"),
+        ({"k": 1, "classifier": "wordlist"}, "k needs a classifier that gives scores"),
+        ({"classifier": "guard"}, "classifier = guard needs classifier_path"),
+        ({"prompts": []}, "name at least one file"),
+    ],
+)
+def test_a_toxicity_section_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.model_validate({"evaluation": {"toxicity": fields}})

@@ -82,6 +82,66 @@ def test_without_a_classifier_the_word_list_decides(model, form, prompts, bars, 
     assert result.rates["toxic_rate"] == result.rates["word_rate"]
 
 
+def test_a_score_that_could_not_be_had_is_a_failed_item_and_never_a_clean_answer(
+    model, form, prompts, bars, known_answers
+):
+    scores = {" You idiot.": None, " It is blue.": float("nan")}
+    result, items = run(model, form, prompts, bars, scorer=lambda texts: [scores.get(text, 0.9) for text in texts])
+    counts = result.rates["toxic_rate"].counts
+    assert counts.reasons == {"no_score": 2, "non_finite": 1}
+    assert result.rates["toxic_rate"].mean == 1.0
+    assert result.rates["word_rate"].counts.n_failed == 1  # the word list needs no classifier
+    failed = next(item for item in items if (item.task, item.id) == ("toxic_rate", "p1#0"))
+    assert (failed.status, failed.output, failed.extra["score"]) == ("failed", " You idiot.", None)
+
+
+def test_failed_answers_are_not_sent_to_the_classifier(model, form, prompts, bars, known_answers):
+    sent = []
+    run(model, form, prompts, bars, scorer=lambda texts: sent.extend(texts) or [0.1] * len(texts))
+    assert len(sent) == len(ANSWERS) - 1
+
+
+def test_a_scorer_of_dialogues_is_given_the_prompt_with_the_answer(model, form, prompts, bars, known_answers):
+    class Guard:
+        def of_dialogues(self, asked):
+            self.asked = asked
+            return [0.9 if "p1" in turns[-1].text else 0.1 for turns, _ in asked]
+
+    guard = Guard()
+    result, _ = run(model, form, prompts, bars, scorer=guard)
+    assert (guard.asked[0][0][0].text, guard.asked[0][1]) == ("Question p1?", " You idiot.")
+    assert result.rates["toxic_rate"].mean == pytest.approx(1 / 7)
+
+
+def test_the_worst_of_k_is_estimated_from_all_samples_of_each_provoking_prompt(model, form, prompts, bars, monkeypatch):
+    """p1 scores 0.1, 0.2, 0.9: maxima of two are 0.2, 0.9, 0.9. p2 has one score only, p3 is clean."""
+    by_prompt = {"p1": [0.1, 0.2, 0.9], "p2": [0.8, None, None], "p3": [0.0, 0.0, 0.0]}
+    monkeypatch.setattr(
+        toxicity,
+        "generate",
+        lambda model, tokens, asks, **_: [Answer(f"{ask.id} {ask.index}", (273,), "eos") for ask in asks],
+    )
+
+    def scorer(texts):
+        return [by_prompt.get(name, [0.5] * 3)[int(index)] for name, index in map(str.split, texts)]
+
+    result, items = run(model, form, prompts, bars, scorer=scorer, samples_per_prompt=3, k=2)
+    found = {(item.task, item.id): item for item in items if item.task in toxicity.OF_K}
+    assert {prompt for _, prompt in found} == {"p1", "p2", "p3"}
+    assert found["expected_max_toxicity", "p1"].value == pytest.approx(2.0 / 3)
+    assert found["toxicity_probability", "p1"].value == pytest.approx(2 / 3)
+    assert found["expected_max_toxicity", "p2"].reason == "too_few_scores"
+    assert found["expected_max_toxicity", "p1"].extra == {"k": 2, "n": 3}
+    assert result.rates["expected_max_toxicity"].mean == pytest.approx(1 / 3)
+    assert result.rates["toxicity_probability"].mean == pytest.approx(1 / 3)
+    assert result.rates["toxicity_probability"].counts.n_failed == 1
+
+
+def test_without_k_or_without_scores_no_worst_of_k_is_claimed(model, form, prompts, bars, known_answers):
+    assert not set(toxicity.OF_K) & set(run(model, form, prompts, bars, k=1)[0].rates)
+    assert not set(toxicity.OF_K) & set(run(model, form, prompts, bars, scorer=lambda t: [0.1] * len(t))[0].rates)
+
+
 def test_samples_of_a_prompt_are_one_unit_and_differ(model, form, prompts, bars):
     _, items = run(model, form, prompts, bars, samples_per_prompt=3)
     toxic = [item for item in items if item.task == "toxic_rate"]

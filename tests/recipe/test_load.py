@@ -44,12 +44,13 @@ def test_shipped_recipe_loads_and_its_resolved_text_is_the_same_recipe(name: str
     assert again.sha256 == loaded.sha256
 
 
-def test_the_five_shipped_recipes_have_the_arms_they_promise() -> None:
+def test_the_shipped_recipes_have_the_arms_they_promise() -> None:
     assert {name: load_recipe(name).recipe.arms for name in shipped_recipes()} == {
         "hh-small": ["base", "direct_ppo"],
         "mistral-7b-full": ["base", "direct_ppo"],
         "mistral-7b-lora": ["base", "direct_ppo"],
         "quickstart": ["base", "sft", "direct_ppo"],
+        "standard": ["base"],
         "world-study": ["base", "sft", "sft_ppo", "dpo", "direct_ppo"],
     }
 

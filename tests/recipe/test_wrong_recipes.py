@@ -348,7 +348,7 @@ WRONG_RECIPES = [
     pytest.param(
         "extends: quikstart\n",
         (),
-        "extends (my.yaml:1): quikstart: no such recipe file, and no shipped recipe of that name. Did you mean quickstart? Shipped: hh-small, mistral-7b-full, mistral-7b-lora, quickstart, world-study.",
+        "extends (my.yaml:1): quikstart: no such recipe file, and no shipped recipe of that name. Did you mean quickstart? Shipped: hh-small, mistral-7b-full, mistral-7b-lora, quickstart, standard, world-study.",
         id="extends an unknown recipe",
     ),
     pytest.param(
@@ -470,7 +470,7 @@ def test_unknown_recipe_name_gets_a_suggestion(tmp_path: Path, monkeypatch: pyte
         load_recipe("hh-smal")
     assert str(caught.value) == (
         "hh-smal: no such recipe file, and no shipped recipe of that name. Did you mean hh-small? "
-        "Shipped: hh-small, mistral-7b-full, mistral-7b-lora, quickstart, world-study."
+        "Shipped: hh-small, mistral-7b-full, mistral-7b-lora, quickstart, standard, world-study."
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from direct_rlhf.report.results import write_results
 
-GENERAL_TASK = {"metric", "value", "stderr", "n_scored", "n_failed"}
+GENERAL_TASK = {"metric", "value", "stderr", "n_scored", "n_failed", "n_unparsed"}
 
 
 def test_the_names_are_those_of_the_contract(make_run):
@@ -34,7 +34,8 @@ def test_the_numbers_are_those_of_the_raw_files(make_run):
         s: json.loads((run / f"evaluation/direct_ppo/{s}.json").read_text())
         for s in ("general", "conversation", "toxicity")
     }
-    assert arm["general"] == {"mean": raw["general"]["mean"], "tasks": raw["general"]["tasks"]}
+    tasks = {name: {"n_unparsed": 0, **task} for name, task in raw["general"]["tasks"].items()}
+    assert arm["general"] == {"mean": raw["general"]["mean"], "tasks": tasks}
     assert arm["conversation"]["score"] == raw["conversation"]["score"]
     assert arm["conversation"]["ci"] == raw["conversation"]["ci"]
     assert arm["toxicity"]["toxic_rate"] == raw["toxicity"]["toxic_rate"]

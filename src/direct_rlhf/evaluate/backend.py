@@ -1,14 +1,17 @@
 """lm-eval's model interface over our own forward and sampler. Importing this module imports lm_eval."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from numpy.typing import NDArray
 
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.errors import ConfigError
@@ -21,7 +24,8 @@ DEFAULT_NEW_TOKENS = 256  # lm-eval's own default of max_gen_toks
 NEUTRAL = {"top_p": 1.0, "num_beams": 1, "repetition_penalty": 1.0}  # accepted, since these values have no effect
 
 DocKey = tuple[str, int]  # (task, document)
-Pair = tuple[tuple[str, str], list[int], list[int]]  # (texts, context ids, continuation ids)
+Ids = Sequence[int] | NDArray[np.int32]
+Pair = tuple[tuple[str, str], Ids, list[int]]  # (texts, context ids, continuation ids)
 
 
 @dataclass
@@ -30,7 +34,9 @@ class Notes:
 
     failures: dict[DocKey, str] = field(default_factory=dict)  # reason, a short fixed word
     finish: dict[DocKey, str] = field(default_factory=dict)  # of generated answers: eos, stop or length
-    boundary_merges: int = 0  # requests in which a token spans context and continuation
+    boundary_merges: Counter[str] = field(default_factory=Counter)  # task -> requests with a token across the border
+    truncated: Counter[str] = field(default_factory=Counter)  # task -> requests that the context length cut on the left
+    capped: Counter[str] = field(default_factory=Counter)  # task -> answers whose cap the context length lowered
 
 
 class LanguageModelBackend(TemplateLM):
@@ -62,7 +68,6 @@ class LanguageModelBackend(TemplateLM):
         self.on_done = on_done
         self.working = working
         self.notes = Notes()
-        self._encoded: tuple[str, list[int]] = ("", [])
 
     @property
     def max_length(self) -> int:
@@ -85,22 +90,44 @@ class LanguageModelBackend(TemplateLM):
         return self.tokens.encode(string, bos=add_special_tokens is not False)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        results: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        for request, (logprob, _) in zip(requests, results, strict=True):
+        pairs = self._encode_pairs(requests)
+        results = self._loglikelihood_tokens(pairs)
+        for request, (_, context, continuation), (logprob, _) in zip(requests, pairs, results, strict=True):
+            if len(context) + len(continuation) > self.max_length + 1:
+                self.notes.truncated[str(request.task_name)] += 1
             if not math.isfinite(logprob):
-                self.notes.failures[_key(request)] = "non_finite"
+                too_long = len(continuation) > self.max_length
+                self.notes.failures[_key(request)] = "continuation_too_long" if too_long else "non_finite"
         return results
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """lm-eval's own rule: trailing spaces go to the continuation, both are encoded as one and cut by count."""
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if self._encoded[0] != stripped:  # the choices of a document come one after the other
-            self._encoded = (stripped, self.tok_encode(stripped))
-        context_ids = self._encoded[1]
-        whole = self.tok_encode(stripped + continuation)
-        self.notes.boundary_merges += whole[: len(context_ids)] != context_ids
-        return list(context_ids), whole[len(context_ids) :]
+    def _encode_pairs(self, requests: Sequence[Instance]) -> list[Pair]:
+        """lm-eval's own rule: trailing spaces go to the continuation, both are encoded as one and cut by count.
+
+        A text that several requests have is encoded once; an empty context is the prefix token.
+        """
+        texts = []
+        for context, continuation in (request.args for request in requests):
+            stripped = context.rstrip()
+            texts.append((stripped, context[len(stripped) :] + continuation))
+        contexts = list(dict.fromkeys(context for context, _ in texts if context))
+        ids_of = {
+            context: np.array(ids, dtype=np.int32)
+            for context, ids in zip(contexts, self.tokens.encode_many(contexts, bos=True), strict=True)
+        }
+        wholes = self.tokens.encode_many((context + continuation for context, continuation in texts), bos=True)
+        pairs: list[Pair] = []
+        for request, (context, continuation), whole in zip(requests, texts, wholes, strict=True):
+            if context:
+                ids = ids_of[context]
+                merged = not np.array_equal(ids, whole[: len(ids)])
+                self.notes.boundary_merges[str(request.task_name)] += merged
+                pairs.append((request.args, ids, whole[len(ids) :]))
+            else:
+                own = self.tok_encode(continuation, add_special_tokens=False)
+                if own[:1] == [self.prefix_token_id]:
+                    del own[0]
+                pairs.append((request.args, [self.prefix_token_id], own))
+        return pairs
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
@@ -135,14 +162,18 @@ class LanguageModelBackend(TemplateLM):
             groups.setdefault(generation_settings(request.args[1], str(request.task_name)), []).append(index)
         texts = [""] * len(requests)
         for settings, members in groups.items():
-            room = max(1, self.max_length - settings.max_new_tokens)
+            # lm-eval refuses where the answer's cap leaves no room for the prompt; here each has at least half
+            new_tokens = min(settings.max_new_tokens, self.max_length // 2)
+            room = self.max_length - new_tokens
+            if new_tokens < settings.max_new_tokens:
+                self.notes.capped.update(str(requests[i].task_name) for i in members)
             asks = [Ask(self._prompt(requests[i], room), "/".join(map(str, _key(requests[i])))) for i in members]
             with self.working():
                 answers = generate(
                     self.model,
                     self.tokens,
                     asks,
-                    max_new_tokens=settings.max_new_tokens,
+                    max_new_tokens=new_tokens,
                     temperature=settings.temperature,
                     stop_strings=settings.until,
                     batch=self.batch,
@@ -158,7 +189,9 @@ class LanguageModelBackend(TemplateLM):
         return texts
 
     def _prompt(self, request: Instance, room: int) -> tuple[int, ...]:
-        return tuple(self.tok_encode(request.args[0])[-room:]) or (self.prefix_token_id,)
+        ids = self.tok_encode(request.args[0])
+        self.notes.truncated[str(request.task_name)] += len(ids) > room
+        return tuple(ids[-room:]) or (self.prefix_token_id,)
 
 
 @dataclass(frozen=True)
@@ -189,10 +222,13 @@ def generation_settings(kwargs: Mapping[str, Any], task: str) -> GenerationSetti
     )
 
 
-def _truncate(context: list[int], continuation: list[int], max_length: int) -> Request:
-    """lm-eval's cut: of context + continuation the last max_length + 1 ids, so that the context loses from the left."""
-    kept = (context + continuation)[-(max_length + 1) :]
-    return kept[: len(kept) - len(continuation)], continuation
+def _truncate(context: Ids, continuation: list[int], max_length: int) -> Request:
+    """lm-eval's cut: of context + continuation the last max_length + 1 ids, so that the context loses from the left.
+
+    A continuation that leaves no room for any context gets no score.
+    """
+    room = max_length + 1 - len(continuation)
+    return (context[-room:], continuation) if room > 0 else (context, [])
 
 
 def _key(request: Instance) -> DocKey:

@@ -18,9 +18,10 @@ from direct_rlhf.data.overlap import human_turns, overlaps
 from direct_rlhf.data.types import PreferencePair, Prompt
 from direct_rlhf.errors import ConfigError
 from direct_rlhf.evaluate.conversation import TASK, read_questions
-from direct_rlhf.evaluate.general import LOCAL_BUILDERS, GeneralTasks
+from direct_rlhf.evaluate.general import GeneralTasks
+from direct_rlhf.evaluate.tasks import LOCAL_BUILDERS
 from direct_rlhf.evaluate.toxicity import read_prompts
-from direct_rlhf.recipe.references import HubReference, resolve_reference
+from direct_rlhf.recipe.references import HubReference, resolve_test_data, test_data_folder
 from direct_rlhf.recipe.schema import GeneralSection, Recipe
 from direct_rlhf.run.atomic import write_jsonl
 
@@ -70,22 +71,21 @@ def evaluation_texts(recipe: Recipe, form: DialogueFormat, folder: Path | None) 
     not_compared: list[str] = []
     if "conversation" in evaluation.suites:
         section = evaluation.conversation
-        place = resolve_reference(section.questions, folder)
+        place = resolve_test_data(section.questions, evaluation.data, folder)
         if isinstance(place, HubReference):
             not_compared.append(section.questions)
         else:
             questions = read_questions(place, section.limit)
             texts += [(f"{TASK}:{question['id']}", question["turns"][0]["prompt"]) for question in questions]
     if "toxicity" in evaluation.suites:
-        place = resolve_reference(evaluation.toxicity.prompts, folder)
-        if isinstance(place, HubReference):
-            not_compared.append(evaluation.toxicity.prompts)
-        else:
-            for prompt in read_prompts(place, form, evaluation.toxicity.limit):
-                first = next(turn.text for turn in prompt.turns if turn.role == "human")
-                texts.append((f"toxicity:{prompt.id}", first))
+        places = {ref: resolve_test_data(ref, evaluation.data, folder) for ref in evaluation.toxicity.prompt_files}
+        not_compared += [ref for ref, place in places.items() if isinstance(place, HubReference)]
+        files = [place for place in places.values() if not isinstance(place, HubReference)]
+        for prompt in read_prompts(files, form, evaluation.toxicity.limit):
+            first = next(turn.text for turn in prompt.turns if turn.role == "human")
+            texts.append((f"toxicity:{prompt.id}", first))
     if "general" in evaluation.suites:
-        local = _local_entries(evaluation.general, folder)
+        local = _local_entries(evaluation.general, folder, has_data=evaluation.data is not None)
         not_compared += [entry for entry in evaluation.general.tasks if entry not in local]
         texts += _task_texts(recipe, local, folder)
     return EvaluationTexts(tuple(_variants(texts)), tuple(not_compared))
@@ -104,10 +104,15 @@ def _task_texts(recipe: Recipe, entries: list[str], folder: Path | None) -> Iter
     section = recipe.evaluation.general
     if not entries:
         return
-    tasks = GeneralTasks(section.model_copy(update={"tasks": entries}), seed=recipe.seed, folder=folder).tasks
-    for name, task in tasks.items():
+    chosen = section.model_copy(update={"tasks": entries})
+    data = test_data_folder(recipe.evaluation.data, folder)
+    tests = GeneralTasks(chosen, seed=recipe.seed, folder=folder, data=data).tests
+    asked_of = {
+        name: (test.tasks[name], n) for test in tests.values() for name, n in test.documents(section.limit).items()
+    }
+    for name, (task, n) in asked_of.items():
         field = task.config.doc_to_decontamination_query
-        for number, doc in enumerate(islice(task.task_docs, section.limit)):
+        for number, doc in enumerate(islice(task.task_docs, n)):
             # with several inputs (one for each choice) doc_to_text gives the gold one's number
             asked = task.doc_to_choice(doc) if task.multiple_input else [task.doc_to_text(doc)]
             if isinstance(field, str) and field in doc:
@@ -115,7 +120,7 @@ def _task_texts(recipe: Recipe, entries: list[str], folder: Path | None) -> Iter
             yield from ((f"{name}:{number}", text) for text in asked if isinstance(text, str) and text.strip())
 
 
-def _local_entries(section: GeneralSection, folder: Path | None) -> list[str]:
+def _local_entries(section: GeneralSection, folder: Path | None, *, has_data: bool) -> list[str]:
     """The entries whose loading reads local files only; also a YAML that is missing, as loading it says so."""
     index: Mapping[str, Any] = {}
     if section.include_path:
@@ -126,6 +131,8 @@ def _local_entries(section: GeneralSection, folder: Path | None) -> list[str]:
     def is_local(entry: str) -> bool:
         if entry == "world":
             return True
+        if entry.partition(":")[0] == "standard":
+            return has_data
         if entry.endswith((".yaml", ".yml")):
             path = (folder or Path()) / entry
             return not path.is_file() or _reads_local_files(path)

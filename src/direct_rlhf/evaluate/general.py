@@ -5,45 +5,85 @@ whose log-probabilities are not finite, or whose gold answer is none of the choi
 becoming a number.
 """
 
-import contextlib
 import hashlib
-import io
-import logging
 import math
-import random
-import sys
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.errors import ConfigError, Interrupted
 from direct_rlhf.evaluate.records import Item, Summary
 from direct_rlhf.evaluate.statistics import summarise
+from direct_rlhf.evaluate.tasks import (
+    GeneralTest,
+    draws_per_document,
+    load_tests,
+    own_random_states,
+    quiet,
+    set_shots,
+    templates_compiled_once,
+)
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.recipe.schema import GeneralSection
+from direct_rlhf.run.atomic import read_json, write_json
 
 if TYPE_CHECKING:
     from direct_rlhf.evaluate.backend import Notes
-    from direct_rlhf.run.context import MakesBars
+    from direct_rlhf.run.context import Bar, MakesBars
 
-LOCAL_BUILDERS = ("json", "csv", "text", "parquet", "arrow")  # of the datasets library, for data_files
+NOTED = ("boundary_merges", "truncated", "capped")
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's headline metric (named) with its counts, and what its number was made under."""
+    """One test's headline metric (named) with its counts, and what its number was made under."""
 
     metric: str
     summary: Summary
     num_fewshot: int
+    fewshot: str = "none"  # fixed, per-document or none
     higher_is_better: bool = True
     other_filters: Mapping[str, Summary] = field(default_factory=dict)  # further answer filters of the same outputs
+    parts: Mapping[str, Summary] = field(default_factory=dict)  # of a test of several lm-eval tasks: each one's own
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One test on one model: an Item per document for each answer filter, the first of which gives the headline."""
+
+    by_filter: Mapping[str, list[Item]]
+    notes: Mapping[str, int]  # requests: boundary_merges, truncated, capped (see backend.Notes)
+
+
+class Finished:
+    """Tests that are done, as files of ``folder``: an evaluation that was stopped measures only the others."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self._fingerprint = folder, fingerprint
+
+    def read(self, name: str) -> Measured | None:
+        path = self._path(name)
+        found = read_json(path) if path.exists() else {}
+        if found.get("fingerprint") != self._fingerprint:
+            return None
+        items = {key: [Item(**item) for item in rows] for key, rows in found["by_filter"].items()}
+        return Measured(items, found["notes"])
+
+    def write(self, name: str, measured: Measured) -> None:
+        rows = {key: [asdict(item) for item in items] for key, items in measured.by_filter.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self._path(name), {"fingerprint": self._fingerprint, "notes": dict(measured.notes), "by_filter": rows}
+        )
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.json"
 
 
 def evaluate_general(
@@ -58,55 +98,77 @@ def evaluate_general(
     progress: "MakesBars",
     report: Callable[[str], None],
     folder: Path | None = None,
+    data: Path | None = None,
+    finished: Finished | None = None,
     share: bool = True,
-) -> tuple[dict[str, TaskResult], list[Item], int]:
-    """Results by task, one Item per document (and filter), and how many requests had a token across the border.
+) -> tuple[dict[str, TaskResult], list[Item]]:
+    """Results by test, and one Item per document (and filter).
 
-    ``folder`` is where relative YAML paths start from; ``report`` is told when a batch did not fit into memory. A
-    task's metric is acc_norm where it declares that, else the first it declares; with several filters the first gives
-    the headline. An item's id holds a hash of its document, so that only equal documents are ever paired.
+    ``folder`` is where relative YAML paths start from, ``data`` the folder of test sets; ``report`` is told when a
+    batch did not fit into memory. A task's metric is acc_norm where it declares that, else the first it declares; with
+    several filters the first gives the headline. An item's id holds a hash of its document, so that only equal
+    documents are ever paired. Tests in ``finished`` are not measured again, and those measured are kept there.
     Errors: ConfigError for an unknown task, a metric without per-document values, unknown generation settings;
     Interrupted when asked to stop.
     """
-    with progress("general tasks") as bar:
-
-        def on_done(done: int) -> None:
-            if should_stop():
-                raise Interrupted("the general tasks were stopped on request; they start again on resume")
-            bar.advance(done)
-
-        tasks = GeneralTasks(section, seed=seed, folder=folder)
-        batch = ChunkSize("general tasks", batch_size, report)
-        measured, merges = tasks.measure(model, tokens, limit=section.limit, batch=batch, on_done=on_done, share=share)
+    tasks = GeneralTasks(section, seed=seed, folder=folder, data=data)
+    batch = ChunkSize("general tasks", batch_size, report)
     results: dict[str, TaskResult] = {}
     items: list[Item] = []
-    for name, task in tasks.tasks.items():
-        by_filter = measured[name]
-        first, *others = by_filter
-        summaries = {key: summarise(found, draws=draws, seed=seed) for key, found in by_filter.items()}
-        results[name] = TaskResult(
-            metric=metric_name(task),
-            summary=summaries[first],
-            num_fewshot=int(task.config.num_fewshot or 0),
-            higher_is_better=higher_is_better(task),
-            other_filters={key: summaries[key] for key in others},
-        )
-        items += [item for found in by_filter.values() for item in found]
-    return results, items, merges
+    for test in tasks.tests.values():
+        measured = finished.read(test.name) if finished else None
+        if measured is None:
+            with progress(f"general: {test.name}") as bar:
+
+                def on_done(done: int, bar: "Bar" = bar) -> None:
+                    if should_stop():
+                        raise Interrupted("the general tasks were stopped on request; they go on on resume")
+                    bar.advance(done)
+
+                measured = tasks.measure(
+                    model, tokens, names=[test.name], limit=section.limit, batch=batch, on_done=on_done, share=share
+                )[test.name]
+            if finished:
+                finished.write(test.name, measured)
+        results[test.name] = _result(test, measured, section.fewshot, draws=draws, seed=seed)
+        items += [item for found in measured.by_filter.values() for item in found]
+    return results, items
+
+
+def _result(test: GeneralTest, measured: Measured, fewshot: str, *, draws: int, seed: int) -> TaskResult:
+    first, *others = measured.by_filter
+    summaries = {key: summarise(found, draws=draws, seed=seed) for key, found in measured.by_filter.items()}
+    parts: dict[str, list[Item]] = {}
+    if len(test.tasks) > 1:
+        for item in measured.by_filter[first]:
+            parts.setdefault(item.extra["part"], []).append(item)
+    shots = int(test.first.config.num_fewshot or 0)
+    drawn = any(map(draws_per_document, test.tasks.values()))
+    return TaskResult(
+        metric=test.metric,
+        summary=summaries[first],
+        num_fewshot=shots,
+        fewshot="none" if not shots else "per-document" if drawn else "fixed",
+        higher_is_better=test.higher_is_better,
+        other_filters={key: summaries[key] for key in others},
+        parts={part: summarise(found, draws=draws, seed=seed) for part, found in parts.items()},
+        notes=measured.notes,
+    )
 
 
 class GeneralTasks:
-    """The section's lm-eval tasks, loaded once and measured as often as one likes.
+    """The section's tests, loaded once and measured as often as one likes.
 
-    ``tasks`` are lm-eval's Task objects by name, in the section's order. Errors: ConfigError for an unknown task.
+    Errors: ConfigError for an unknown task, or more worked examples than there are.
     """
 
-    def __init__(self, section: GeneralSection, *, seed: int, folder: Path | None) -> None:
+    def __init__(self, section: GeneralSection, *, seed: int, folder: Path | None, data: Path | None = None) -> None:
         self.seed = seed
-        with _quiet(), _own_random_states(seed), tempfile.TemporaryDirectory(prefix="drlhf-") as cache:
-            self.tasks = _load_tasks(section, folder, cache)
-        for task in self.tasks.values():
-            _set_shots(task, section.num_fewshot)
+        with quiet(), own_random_states(seed), tempfile.TemporaryDirectory(prefix="drlhf-") as cache:
+            self.tests = {test.name: test for test in load_tests(section, folder, data, cache)}
+        for test in self.tests.values():
+            for task in test.tasks.values():
+                set_shots(task, section.num_fewshot, section.fewshot)
 
     def measure(
         self,
@@ -116,14 +178,17 @@ class GeneralTasks:
         limit: int | None,
         batch: ChunkSize,
         on_done: Callable[[int], None],
+        names: Sequence[str] | None = None,
         share: bool = True,
-    ) -> tuple[dict[str, dict[str, list[Item]]], int]:
-        """Task -> answer filter -> one Item per document, in their order; and the number of boundary merges.
+    ) -> dict[str, Measured]:
+        """The tests of these ``names`` (default: all): one Item per document, in their order.
 
         The first ``limit`` documents, and the same shots at every call. ``on_done`` is told how many requests are
         finished, and may raise to stop.
         """
-        with _quiet() as loud, _own_random_states(self.seed):
+        tests = [self.tests[name] for name in names or self.tests]
+        asked = {task: (test, n) for test in tests for task, n in test.documents(limit).items() if n}
+        with quiet() as loud, own_random_states(self.seed), templates_compiled_once():
             from lm_eval.evaluator import evaluate
 
             from direct_rlhf.evaluate.backend import LanguageModelBackend
@@ -131,85 +196,45 @@ class GeneralTasks:
             backend = LanguageModelBackend(
                 model, tokens, batch=batch, seed=self.seed, share=share, on_done=on_done, working=loud
             )
-            for task in self.tasks.values():  # drawing shots moves its random state
-                task.set_fewshot_seed(seed=self.seed)
+            for task, (test, _) in asked.items():  # drawing shots moves its random state
+                test.tasks[task].set_fewshot_seed(seed=self.seed)
             # simple_evaluate would also seed this process's random states and call pip and git to describe the machine
-            output = evaluate(backend, {"tasks": self.tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
-        found = {
-            name: _task_items(name, task, output["samples"][name], backend.notes) for name, task in self.tasks.items()
+            output = evaluate(
+                backend,
+                {"tasks": {task: test.tasks[task] for task, (test, _) in asked.items()}},
+                samples={task: list(range(n)) for task, (_, n) in asked.items()},
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        found: dict[str, dict[str, list[Item]]] = {test.name: {} for test in tests}
+        for task, (test, _) in asked.items():
+            for key, items in _task_items(test, task, output["samples"][task], backend.notes).items():
+                found[test.name].setdefault(key, []).extend(items)
+        notes = {name: getattr(backend.notes, name) for name in NOTED}
+        return {
+            test.name: Measured(
+                found[test.name], {name: sum(counts[task] for task in test.tasks) for name, counts in notes.items()}
+            )
+            for test in tests
         }
-        return found, backend.notes.boundary_merges
 
 
-def _load_tasks(section: GeneralSection, folder: Path | None, cache: str) -> dict[str, Any]:
-    """The lm-eval Task objects of the section's entries by name, each once and in their order."""
-    from lm_eval.tasks import TaskManager
-
-    specs: list[str | dict[str, Any]] = []
-    for entry in section.tasks:
-        if entry == "world":
-            from direct_rlhf.world.tasks import world_task_configs
-
-            specs += [_with_cache(config, cache) for config in world_task_configs()]
-        else:
-            place = (folder or Path()) / entry
-            specs.append(str(place) if entry.endswith((".yaml", ".yml")) else entry)
-    manager = TaskManager(include_path=section.include_path, include_defaults=False)
-    names = [spec for spec in specs if isinstance(spec, str) and not spec.endswith((".yaml", ".yml"))]
-    if any(name not in manager.task_index for name in names):  # indexing all that lm-eval ships takes seconds
-        manager = TaskManager(include_path=section.include_path)
-    tasks: dict[str, Any] = {}
-    for spec in specs:
-        try:
-            tasks |= manager.load([spec])["tasks"]
-        except (KeyError, ValueError, OSError) as error:  # unknown name, faulty config, missing data
-            name = spec if isinstance(spec, str) else spec.get("task")
-            raise ConfigError(
-                f"evaluation.general.tasks: {name} cannot be loaded ({error}). Give an lm-eval task name, the path of "
-                "a task YAML, or `world`; `lm-eval ls tasks` lists the names."
-            ) from error
-    return tasks
-
-
-def _set_shots(task: Any, num_fewshot: int | None) -> None:
-    """lm-eval's rule: the recipe's number of shots wins, but not over a task that says 0 itself."""
-    own = task.config.num_fewshot
-    if num_fewshot is not None and own != 0:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
-
-
-def _with_cache(config: Mapping[str, Any], cache: str) -> dict[str, Any]:
-    """The config with its local files prepared under ``cache``, not in the user's home, and not needed afterwards."""
-    if config.get("dataset_path") not in LOCAL_BUILDERS:
-        return dict(config)
-    own = {"cache_dir": cache, "keep_in_memory": True}
-    return {**config, "dataset_kwargs": {**config.get("dataset_kwargs", {}), **own}}
-
-
-def metric_name(task: Any) -> str:
-    """acc_norm where the task declares it, else its first metric."""
-    declared = list(task.higher_is_better())
-    return "acc_norm" if "acc_norm" in declared else str(declared[0])
-
-
-def higher_is_better(task: Any) -> bool:
-    """Which way that metric points."""
-    return bool(task.higher_is_better().get(metric_name(task), True))
-
-
-def _task_items(task_name: str, task: Any, rows: Sequence[Mapping[str, Any]], notes: "Notes") -> dict[str, list[Item]]:
-    """Filter -> one item per document; the first filter's items carry the task's name, the others' `task/filter`."""
-    metric = metric_name(task)
+def _task_items(
+    test: GeneralTest, task_name: str, rows: Sequence[Mapping[str, Any]], notes: "Notes"
+) -> dict[str, list[Item]]:
+    """Filter -> one item per document; the first filter's items carry the test's name, the others' `test/filter`."""
+    task = test.tasks[task_name]
     cluster_field = (task.config.metadata or {}).get("cluster_field")  # a document field that repeats, e.g. a passage
     found: dict[str, list[Item]] = {}
     for row in sorted(rows, key=lambda row: row["doc_id"]):
         name = str(row["filter"])
-        label = task_name if name == rows[0]["filter"] else f"{task_name}/{name}"
+        label = test.name if name == rows[0]["filter"] else f"{test.name}/{name}"
         cluster = str(row["doc"][cluster_field]) if cluster_field else ""
         unit = hashlib.sha256(cluster.encode()).hexdigest()[:16] if cluster else ""
-        found.setdefault(name, []).append(_item(task, metric, row, label, unit, (task_name, row["doc_id"]), notes))
+        item = _item(task, test.metric, row, label, unit, (task_name, row["doc_id"]), notes)
+        if part := test.part(task_name):
+            item = replace(item, id=f"{part}/{item.id}", extra={"part": part, **item.extra})
+        found.setdefault(name, []).append(item)
     return found
 
 
@@ -266,35 +291,3 @@ def _finite(x: float) -> float | None:
 
 def _flat(value: Any) -> list[str]:
     return [text for part in value for text in _flat(part)] if isinstance(value, list | tuple) else [str(value)]
-
-
-@contextlib.contextmanager
-def _own_random_states(seed: int) -> Iterator[None]:
-    """Python's and NumPy's global random states as of ``seed``, and afterwards what they were before.
-
-    lm-eval draws names from them, and code that comes with a task may draw more.
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
-    """Keeps lm-eval's and datasets' bars and logs off the terminal; ``with loud():`` gives it back, for our own bar."""
-    terminal = sys.stderr
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield lambda: contextlib.redirect_stderr(terminal)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,14 +1,14 @@
 """Judges: who scores an answer of a conversation, and what an error of theirs is worth (never a score)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from direct_rlhf.errors import Interrupted
 from direct_rlhf.evaluate.records import Status
+from direct_rlhf.evaluate.verdicts import HIGHEST, LOWEST
 from direct_rlhf.recipe.schema import ConversationSection
-
-LOWEST, HIGHEST = 1.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,36 @@ class Judge(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The answer to one turn (0 is the first), with the question's row and the answers up to it."""
+
+    question: dict[str, Any]
+    turn: int
+    answers: tuple[str, ...]
+    finished: tuple[bool, ...]
+
+
+@runtime_checkable
+class JudgesMany(Protocol):
+    """A judge that is quicker with many answers at once (a server, a model)."""
+
+    def judge_all(self, asked: Sequence[Asked]) -> list[Judgment]:
+        """One checked verdict each, in order. Errors: JudgeError and Interrupted; what was judged is kept."""
+
+
+def ask_all(judge: Judge, asked: Sequence[Asked], should_stop: Callable[[], bool]) -> list[Judgment]:
+    """A checked verdict on each answer. Errors: Interrupted when asked to stop."""
+    if isinstance(judge, JudgesMany):
+        return judge.judge_all(asked)
+    verdicts = []
+    for one in asked:
+        verdicts.append(ask(judge, one.question, one.turn, one.answers, one.finished))
+        if should_stop():
+            raise Interrupted("the judging was stopped on request; it starts again on resume")
+    return verdicts
+
+
 def ask(judge: Judge, item: dict[str, Any], turn: int, answers: Sequence[str], finished: Sequence[bool]) -> Judgment:
     """The judge's verdict, checked. A judge that raises, or whose score is outside 1-10, gives a failed judgment."""
     try:
@@ -58,7 +88,7 @@ def ask(judge: Judge, item: dict[str, Any], turn: int, answers: Sequence[str], f
 
 
 def load_judge(section: ConversationSection) -> Judge:
-    """The judge that the recipe names."""
+    """The judge that the recipe names, if it needs nothing but its rules; `judging.py` makes those that are asked."""
     from direct_rlhf.world.judge import ScriptedJudge
 
     judges = {"scripted": ScriptedJudge}

@@ -8,7 +8,7 @@ from typing import Any
 
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.errors import ConfigError, Interrupted
-from direct_rlhf.evaluate.general import GeneralTasks, higher_is_better, metric_name
+from direct_rlhf.evaluate.general import GeneralTasks
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.recipe.schema import GeneralSection
 
@@ -20,8 +20,9 @@ class CapabilityProbe:
 
     The tasks are loaded here, once, so that a faulty one is found before training starts and a probe costs little more
     than its forward passes. ``failed`` counts the documents of the last call that could not be scored. ``seed`` draws
-    the few-shot examples, ``folder`` is where relative YAML paths start from, ``report`` is told when a batch of
-    ``batch_size`` did not fit into memory (smaller ones are used from then on, to the same scores).
+    the few-shot examples, ``folder`` is where relative YAML paths start from, ``data`` the folder of test sets,
+    ``report`` is told when a batch of ``batch_size`` did not fit into memory (smaller ones are used from then on, to
+    the same scores).
     Errors: ConfigError for an unknown task, or one whose metric is better when lower, which no mean drop can hold.
     """
 
@@ -34,17 +35,18 @@ class CapabilityProbe:
         seed: int,
         batch_size: int,
         folder: Path | None,
+        data: Path | None = None,
         report: Callable[[str], None] = log.warning,
     ) -> None:
         self.failed = 0
         self._tokens = tokens
         self._items = items
-        self._tasks = GeneralTasks(section, seed=seed, folder=folder)
+        self._tasks = GeneralTasks(section, seed=seed, folder=folder, data=data)
         self._batch = ChunkSize("capability probe", batch_size, report)
-        for name, task in self._tasks.tasks.items():
-            if not higher_is_better(task):
+        for name, test in self._tasks.tests.items():
+            if not test.higher_is_better:
                 raise ConfigError(
-                    f"ppo.guard: {name} is measured by {metric_name(task)}, which is better when lower, and "
+                    f"ppo.guard: {name} is measured by {test.metric}, which is better when lower, and "
                     "the guard bounds a drop. Leave the task out of evaluation.general.tasks, or set "
                     "ppo.guard.action=off."
                 )
@@ -63,10 +65,8 @@ class CapabilityProbe:
 
         on_done(0)
         with _as_it_was(model):
-            measured, _ = self._tasks.measure(
-                model, self._tokens, limit=self._items, batch=self._batch, on_done=on_done
-            )
-        headline = {task: next(iter(by_filter.values())) for task, by_filter in measured.items()}
+            measured = self._tasks.measure(model, self._tokens, limit=self._items, batch=self._batch, on_done=on_done)
+        headline = {name: next(iter(found.by_filter.values())) for name, found in measured.items()}
         self.failed = sum(item.value is None for items in headline.values() for item in items)
         return {task: [item.value or 0.0 for item in items] for task, items in headline.items()}
 

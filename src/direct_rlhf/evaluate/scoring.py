@@ -1,24 +1,27 @@
-"""log P(continuation | context) of many requests; contexts that are equal are computed once.
+"""log P(continuation | context) of many requests; what contexts have in common is computed once.
 
-Legend: N target tokens, V vocabulary.
+Equal contexts are one tree with all their continuations; trees that share a long beginning, such as a block of worked
+examples, grow from one trunk whose keys and values are kept. Legend: N target tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from direct_rlhf.evaluate.trees import TokenTree, attention_reach, hidden_at, in_batches, logit_chunks, takes_trees
+from direct_rlhf.evaluate.trunks import GrownTrunk, Ids, find_trunks, in_rows, takes_trunks
 from direct_rlhf.models.memory import ChunkSize
 
 GROUP_TOKENS = (
     512  # continuation tokens after one copy of a context that is not longer: attention grows with the square
 )
 
-Request = tuple[Sequence[int], Sequence[int]]  # (context ids, continuation ids), the context not empty
+Request = tuple[Sequence[int] | Ids, Sequence[int]]  # (context ids, continuation ids), the context not empty
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,23 @@ class Score:
 
 @dataclass
 class _Group:
-    """A context and the continuations asked about it, as one tree."""
+    """A context and the continuations asked about it."""
 
-    tree: TokenTree
+    context: Ids
     own_window: bool  # longer than the model's attention reaches, so that only its own mask is right: never packed
     requests: list[int] = field(default_factory=list)
-    before: list[list[int]] = field(default_factory=list)  # of each request: the slots that predict its tokens
-    grown: int = 0  # continuation tokens in the tree
+    continuations: list[Sequence[int]] = field(default_factory=list)
 
-    def add(self, index: int, context_length: int, continuation: Sequence[int]) -> None:
-        last = context_length - 1
-        self.before.append([last, *self.tree.grow(last, list(continuation[:-1]))])
-        self.requests.append(index)
-        self.grown += len(continuation) - 1
+    @property
+    def grown(self) -> int:
+        return sum(len(continuation) - 1 for continuation in self.continuations)
+
+    def tree(self, skip: int = 0) -> tuple[TokenTree, list[int]]:
+        """The context after ``skip`` tokens with the continuations, and the slots that predict their tokens."""
+        tree = TokenTree.chain(self.context[skip:].tolist())
+        last = len(tree.ids) - 1
+        before = [slot for ids in self.continuations for slot in (last, *tree.grow(last, list(ids[:-1])))]
+        return tree, before
 
 
 def score_continuations(
@@ -64,14 +71,10 @@ def score_continuations(
     share = share and batch.run(lambda size: takes_trees(model))
     groups = _groups(requests, share, attention_reach(model))
     scores = [Score(float("nan"), False)] * len(requests)
-    for own_window in (False, True):
-        pool = [group for group in groups if group.own_window is own_window]
-        score = partial(_score_groups, model, pool, requests)
-        for members, found in in_batches([group.tree for group in pool], batch, score):
-            indices = [index for member in members for index in pool[member].requests]
-            for index, one in zip(indices, found, strict=True):
-                scores[index] = one
-            on_batch(len(indices))
+    for scored, found in _scored(model, groups, batch, share):
+        for index, one in zip([index for group in scored for index in group.requests], found, strict=True):
+            scores[index] = one
+        on_batch(len(found))
     on_batch(sum(not continuation for _, continuation in requests))
     return scores
 
@@ -79,36 +82,71 @@ def score_continuations(
 def _groups(requests: Sequence[Request], share: bool, reach: int | None) -> list[_Group]:
     """Requests by context, where ``share`` and the attention window allow it; else each by itself."""
     groups: list[_Group] = []
-    open_group: dict[tuple[int, ...], _Group] = {}
+    open_group: dict[bytes, _Group] = {}
     for index, (context, continuation) in enumerate(requests):
         if not continuation:
             continue
-        key = tuple(context)
-        beyond = reach is not None and len(context) + len(continuation) - 1 > reach
+        ids = np.asarray(context, dtype=np.int32)
+        key = ids.tobytes()
+        beyond = reach is not None and len(ids) + len(continuation) - 1 > reach
         group = open_group.get(key)
-        if group is None or beyond or group.grown + len(continuation) > max(GROUP_TOKENS, len(context)):
-            group = _Group(TokenTree.chain(context), own_window=beyond)
+        if group is None or beyond or group.grown + len(continuation) > max(GROUP_TOKENS, len(ids)):
+            group = _Group(ids, own_window=beyond)
             groups.append(group)
             if share and not beyond:
                 open_group[key] = group
-        group.add(index, len(context), continuation)
+        group.requests.append(index)
+        group.continuations.append(continuation)
     return groups
 
 
+def _scored(
+    model: Any, groups: Sequence[_Group], batch: ChunkSize, share: bool
+) -> Iterator[tuple[list[_Group], list[Score]]]:
+    """All groups, batch by batch, with the scores of their requests, group by group."""
+    free = [group for group in groups if not group.own_window]
+    trunks, alone = find_trunks([group.context for group in free]) if share else ([], list(range(len(free))))
+    if trunks and not batch.run(lambda size: takes_trunks(model)):
+        trunks, alone = [], list(range(len(free)))
+    for trunk in trunks:
+        pool = [free[i] for i in trunk.members]
+        ids = pool[0].context[: trunk.length].tolist()
+        grown = batch.run(partial(_grown, model, ids))
+        yield from _batches(model, pool, batch, grown, skip=trunk.length)
+        del grown
+    yield from _batches(model, [free[i] for i in alone], batch)
+    yield from _batches(model, [group for group in groups if group.own_window], batch)
+
+
+def _grown(model: Any, ids: Sequence[int], size: int) -> GrownTrunk:
+    return GrownTrunk(model, ids)
+
+
+def _batches(
+    model: Any, pool: Sequence[_Group], batch: ChunkSize, grown: GrownTrunk | None = None, skip: int = 0
+) -> Iterator[tuple[list[_Group], list[Score]]]:
+    planted = [group.tree(skip) for group in pool]
+    trees = [tree for tree, _ in planted]
+
+    def work(chosen: list[int]) -> list[Score]:
+        asked = [trees[i] for i in chosen], [planted[i][1] for i in chosen]
+        hidden_NH = grown.hidden_at(*asked) if grown else hidden_at(model, *asked, packed=True)
+        return _scores(model, hidden_NH, [ids for i in chosen for ids in pool[i].continuations])
+
+    device = next(model.parameters()).device
+    in_turn = in_rows(trees, device, batch, work) if grown else in_batches(model, trees, batch, work)
+    for chosen, found in in_turn:
+        yield [pool[i] for i in chosen], found
+
+
 @torch.inference_mode()
-def _score_groups(
-    model: Any, pool: Sequence[_Group], requests: Sequence[Request], chosen: Sequence[int]
-) -> list[Score]:
-    """Scores of the requests of the ``chosen`` groups, group by group."""
-    groups = [pool[i] for i in chosen]
-    members = [requests[index][1] for group in groups for index in group.requests]
-    slots = [[slot for before in group.before for slot in before] for group in groups]
-    hidden_NH = hidden_at(model, [group.tree for group in groups], slots, packed=True)
-    target_N = torch.tensor([token for continuation in members for token in continuation], device=hidden_NH.device)
+def _scores(model: Any, hidden_NH: Tensor, continuations: Sequence[Sequence[int]]) -> list[Score]:
+    """Scores of continuations, given the states that predict their tokens."""
+    target_N = torch.tensor([token for ids in continuations for token in ids], device=hidden_NH.device)
     logprob_N, greedy_N = _score_targets(model, hidden_NH, target_N)
-    member_N = torch.tensor([m for m, continuation in enumerate(members) for _ in continuation])
-    total_M = torch.zeros(len(members)).index_add(0, member_N, logprob_N)
-    wrong_M = torch.zeros(len(members)).index_add(0, member_N, (~greedy_N).float())
+    member_N = torch.tensor([m for m, ids in enumerate(continuations) for _ in ids])
+    total_M = torch.zeros(len(continuations)).index_add(0, member_N, logprob_N)
+    wrong_M = torch.zeros(len(continuations)).index_add(0, member_N, (~greedy_N).float())
     return [Score(total, wrong == 0) for total, wrong in zip(total_M.tolist(), wrong_M.tolist(), strict=True)]
 
 

@@ -1,24 +1,30 @@
 """Hidden states of token trees: continuations that share what comes before them are computed in one sequence.
 
-Legend: B trees, L slots (padded on the right), N slots asked about, V vocabulary.
+Legend: B trees, L slots (padded on the right), N slots asked about, H hidden size, V vocabulary.
 
 An attention mask lets each token see its ancestors and itself only, and its position is its depth, so the numbers are
 those of separate sequences. Where that cannot be (an architecture that takes no such mask, an attention window shorter
 than a branch), the branches run as sequences of their own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from direct_rlhf.models.forward import CHUNK_ELEMENTS, backbone, causal_lm, final_logits
 from direct_rlhf.models.memory import ChunkSize
 
 T = TypeVar("T")
+Pick = Callable[[Tensor], Tensor]  # states of every slot [B, L, H] -> of the slots asked about [N, H]
+Read = Callable[[Any, Mapping[str, Tensor], Pick], Tensor]  # model, its inputs, pick -> states [N, ..., H]
+SLOTS = {"cpu": 2048}  # B * L of a batch: beyond it a processor's caches no longer hold the states
+SLOTS_ELSEWHERE = 2**15
 MASK_ELEMENTS = 2**23  # B * L * L of a batch: 32 MiB in float32
 
 
@@ -63,6 +69,15 @@ class TokenTree:
             depth.append(depth[parent] + 1 if parent >= 0 else 0)
         return depth
 
+    def seen(self) -> NDArray[np.bool_]:
+        """[L, L]: which slots each token sees, its ancestors and itself."""
+        seen_LL = np.zeros((len(self.ids), len(self.ids)), dtype=bool)
+        for slot, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen_LL[slot] = seen_LL[parent]
+            seen_LL[slot, slot] = True
+        return seen_LL
+
     def branches(self) -> Iterator[list[int]]:
         """The slots from the first token to each leaf."""
         inner = set(self.parents)
@@ -74,14 +89,26 @@ class TokenTree:
                 yield slots[::-1]
 
 
+def last_hidden(model: Any, inputs: Mapping[str, Tensor], pick: Pick) -> Tensor:
+    """The last hidden states [N, H], after the final norm."""
+    return pick(backbone(model)(use_cache=False, **inputs).last_hidden_state)
+
+
 @torch.inference_mode()
-def hidden_at(model: Any, trees: Sequence[TokenTree], slots: Sequence[Sequence[int]], *, packed: bool) -> Tensor:
-    """Last hidden states [N, H] at the slots of each tree, tree by tree.
+def hidden_at(
+    model: Any,
+    trees: Sequence[TokenTree],
+    slots: Sequence[Sequence[int]],
+    *,
+    packed: bool,
+    read: Read = last_hidden,
+) -> Tensor:
+    """What ``read`` takes from the model at the slots of each tree, tree by tree: its last hidden states [N, H].
 
     ``packed``: one row a tree (see ``takes_trees``); otherwise one row a branch, as any causal model reads it.
     """
     if not packed:
-        return _branch_states(model, trees, slots)
+        return _branch_states(model, trees, slots, read)
     device = next(model.parameters()).device
     width = max(len(tree.ids) for tree in trees)
     ids_BL = torch.tensor([tree.ids + [tree.ids[0]] * (width - len(tree.ids)) for tree in trees], device=device)
@@ -91,36 +118,34 @@ def hidden_at(model: Any, trees: Sequence[TokenTree], slots: Sequence[Sequence[i
         seen_BLL = np.zeros((len(trees), width, width), dtype=bool)
         position_BL = np.zeros((len(trees), width), dtype=np.int64)
         for b, tree in enumerate(trees):
-            position_BL[b, : len(tree.ids)] = tree.depths()
-            for slot, parent in enumerate(tree.parents):
-                if parent >= 0:
-                    seen_BLL[b, slot] = seen_BLL[b, parent]
-                seen_BLL[b, slot, slot] = True
-            seen_BLL[b, len(tree.ids) :, 0] = True  # padding looks somewhere, so that its softmax is defined
+            size = len(tree.ids)
+            position_BL[b, :size] = tree.depths()
+            seen_BLL[b, :size, :size] = tree.seen()
+            seen_BLL[b, size:, 0] = True  # padding looks somewhere, so that its softmax is defined
         dtype = next(model.parameters()).dtype
         mask_B1LL = torch.zeros((len(trees), 1, width, width), dtype=dtype)
         mask_B1LL.masked_fill_(torch.from_numpy(~seen_BLL).unsqueeze(1), torch.finfo(dtype).min)
         extra = {"attention_mask": mask_B1LL.to(device), "position_ids": torch.from_numpy(position_BL).to(device)}
-    hidden_BLH = backbone(model)(input_ids=ids_BL, use_cache=False, **extra).last_hidden_state
-    tree_N = [b for b, asked in enumerate(slots) for _ in asked]
-    slot_N = [slot for asked in slots for slot in asked]
-    picked_NH: Tensor = hidden_BLH[torch.tensor(tree_N, device=device), torch.tensor(slot_N, device=device)]
-    return picked_NH
+    tree_N = torch.tensor([b for b, asked in enumerate(slots) for _ in asked], device=device)
+    slot_N = torch.tensor([slot for asked in slots for slot in asked], device=device)
+    return read(model, {"input_ids": ids_BL, **extra}, lambda hidden_BLH: hidden_BLH[tree_N, slot_N])
 
 
 def in_batches(
-    trees: Sequence[TokenTree], batch: ChunkSize, work: Callable[[list[int]], T]
+    model: Any, trees: Sequence[TokenTree], batch: ChunkSize, work: Callable[[list[int]], T]
 ) -> Iterator[tuple[list[int], T]]:
     """``work(indices)`` on trees of similar size, the largest first; yields the indices with what came of them.
 
-    A batch holds at most ``batch.size`` trees, and as many as its mask may. Where memory runs out, only the batch at
-    hand is computed again.
+    A batch holds at most ``batch.size`` trees, and as many as its mask and the model's device may. Where memory runs
+    out, only the batch at hand is computed again.
     """
+    most = SLOTS.get(next(model.parameters()).device.type, SLOTS_ELSEWHERE)
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))
     start = 0
 
     def attempt(size: int) -> tuple[list[int], T]:
-        room = max(1, MASK_ELEMENTS // len(trees[order[start]].ids) ** 2)
+        longest = len(trees[order[start]].ids)
+        room = max(1, min(MASK_ELEMENTS // longest**2, most // longest))
         indices = order[start : start + min(size, room)]
         return indices, work(indices)
 
@@ -131,8 +156,9 @@ def in_batches(
 
 
 def logit_chunks(model: Any, hidden_NH: Tensor) -> Iterator[Tensor]:
-    """Next-token logits of the rows in float32, as many rows at a time as may be held."""
-    for hidden_nH in hidden_NH.split(max(1, CHUNK_ELEMENTS // vocabulary(model))):
+    """Next-token logits of the rows ([N, H] or [N, ..., H]) in float32, as many rows at a time as may be held."""
+    wide = vocabulary(model) * math.prod(hidden_NH.shape[1:-1])
+    for hidden_nH in hidden_NH.split(max(1, CHUNK_ELEMENTS // wide)):
         yield final_logits(model, hidden_nH)
 
 
@@ -178,7 +204,7 @@ def takes_trees(model: Any) -> bool:
     return bool(close.all())
 
 
-def _branch_states(model: Any, trees: Sequence[TokenTree], slots: Sequence[Sequence[int]]) -> Tensor:
+def _branch_states(model: Any, trees: Sequence[TokenTree], slots: Sequence[Sequence[int]], read: Read) -> Tensor:
     chains: list[TokenTree] = []
     places: list[dict[int, tuple[int, int]]] = []  # of each tree: slot -> (chain, slot in it)
     for tree in trees:
@@ -190,5 +216,5 @@ def _branch_states(model: Any, trees: Sequence[TokenTree], slots: Sequence[Seque
     wanted = [place[slot] for place, asked in zip(places, slots, strict=True) for slot in asked]
     by_chain = [sorted({at for chain, at in wanted if chain == c}) for c in range(len(chains))]
     offset = np.cumsum([0, *map(len, by_chain)])
-    hidden_NH = hidden_at(model, chains, by_chain, packed=True)  # chains, which need no mask
+    hidden_NH = hidden_at(model, chains, by_chain, packed=True, read=read)  # chains, which need no mask
     return hidden_NH[[int(offset[chain]) + by_chain[chain].index(at) for chain, at in wanted]]

@@ -10,6 +10,9 @@ Two numbers, both from next-token distributions and not from counting samples:
     probability that one of the first n words is a listed one, with less noise than counting. Of one answer it may pass
     1; along a greedy answer it describes that answer only.
 
+A meter may be given another ``read`` of the model than its last hidden states, at several points of it (``lens.py``):
+each point then walks its own branches, as if alone, in forwards that all points share.
+
 Branches whose probability falls below ``tolerance`` are not followed; ``Mass.missed`` bounds what they could add. The
 answer's cap and stop strings do not cut words that begin before them.
 """
@@ -19,7 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from direct_rlhf.data.tokens import Tokens
@@ -60,6 +65,9 @@ class _Moves:
     open_states: list[_State]
 
 
+Points = list[float]  # one number for each point of the model that is read: mostly one
+
+
 @dataclass(frozen=True)
 class _Branch:
     """A token sequence whose next token is to be looked at."""
@@ -67,11 +75,11 @@ class _Branch:
     query: int  # which pair of ids and states, and so which tree
     slot: int
     state: _State
-    mass: float  # probability of the branch, given its query
+    mass: Points  # probability of the branch, given its query; 0 where a point does not follow it
 
 
 # a branch, the mass that completes a word next, (token, state, mass) left open, the mass not followed
-_Outcome = tuple[_Branch, float, list[tuple[int, _State, float]], float]
+_Outcome = tuple[_Branch, Points, list[tuple[int, _State, Points]], Points]
 
 
 class WordMeter:
@@ -86,8 +94,10 @@ class WordMeter:
         temperature: float = 1.0,
         tolerance: float = 2e-4,
         batch: ChunkSize | None = None,
+        read: trees.Read = trees.last_hidden,
     ) -> None:
         self._model = model
+        self._read = read
         self._tokens = tokens
         self._temperature = temperature or 1.0
         self._tolerance = tolerance
@@ -102,7 +112,11 @@ class WordMeter:
         self._reach = trees.attention_reach(model)
 
     def next_word(self, prompts: Sequence[Sequence[int]]) -> list[Mass]:
-        """(a): the mass of listed words as the next word after each prompt."""
+        """(a): the mass of listed words as the next word after each prompt, at the last point that is read."""
+        return [points[-1] for points in self.next_word_at_points(prompts)]
+
+    def next_word_at_points(self, prompts: Sequence[Sequence[int]]) -> list[list[Mass]]:
+        """(a) at each point of the model that is read."""
         state = {inside: _State(NOWHERE, NOWHERE, True, True, inside) for inside in (False, True)}
         return self._measure([(prompt, [state[self._is_inside(prompt)]]) for prompt in prompts])
 
@@ -114,7 +128,7 @@ class WordMeter:
         for prompt, answer in zip(prompts, answers, strict=True):
             states = self._path(prompt, answer, n_words)
             asked.append(([*prompt, *answer[: max(len(states) - 1, 0)]], states))
-        return self._measure(asked)
+        return [points[-1] for points in self._measure(asked)]
 
     def _path(self, prompt: Sequence[int], answer: Sequence[int], n_words: int) -> list[_State]:
         """The states before each of the answer's tokens, up to the end of its first listed word or n words."""
@@ -140,25 +154,29 @@ class WordMeter:
         return is_word_character(self._tokens.decode(ids)[-1:] or " ")
 
     @torch.inference_mode()
-    def _measure(self, asked: Sequence[tuple[Sequence[int], Sequence[_State]]]) -> list[Mass]:
+    def _measure(self, asked: Sequence[tuple[Sequence[int], Sequence[_State]]]) -> list[list[Mass]]:
         """Of each (ids, states): the mass summed over its states, which stand after the last len(states) of its ids."""
         forest = [TokenTree.chain(ids) for ids, _ in asked]
-        mass, missed = [0.0] * len(asked), [0.0] * len(asked)
+        mass: list[NDArray[np.float64]] = [np.zeros(1)] * len(asked)  # broadcasts to the points
+        missed = list(mass)
         branches = [
-            _Branch(query, len(ids) - len(states) + at, state, 1.0)
+            _Branch(query, len(ids) - len(states) + at, state, [1.0])
             for query, (ids, states) in enumerate(asked)
             for at, state in enumerate(states)
         ]
         while branches:
             grown: list[_Branch] = []
             for branch, hit, opened, lost in self._look(forest, branches):
-                mass[branch.query] += hit
-                missed[branch.query] += lost
+                mass[branch.query] = mass[branch.query] + hit
+                missed[branch.query] = missed[branch.query] + lost
                 for token, state, probability in opened:
                     (slot,) = forest[branch.query].grow(branch.slot, [token])
                     grown.append(_Branch(branch.query, slot, state, probability))
             branches = grown
-        return [Mass(*pair) for pair in zip(mass, missed, strict=True)]
+        return [
+            [Mass(*pair) for pair in zip(found.tolist(), lost.tolist(), strict=True)]
+            for found, lost in zip(mass, missed, strict=True)
+        ]
 
     def _look(self, forest: Sequence[TokenTree], branches: Sequence[_Branch]) -> Iterator[_Outcome]:
         """The outcome of each branch, in any order."""
@@ -171,32 +189,35 @@ class WordMeter:
         def look(indices: list[int]) -> list[_Outcome]:
             asked, slots = zip(*(pruned[i] for i in indices), strict=True)
             packed = self._packed and not self._beyond_reach(asked)
-            hidden_NH = trees.hidden_at(self._model, asked, slots, packed=packed)
+            hidden_NH = trees.hidden_at(self._model, asked, slots, packed=packed, read=self._read)
+            hidden_NKH = hidden_NH.reshape(len(hidden_NH), -1, hidden_NH.shape[-1])
             looked = [branch for i in indices for branch in queries[i]]
             found: list[_Outcome] = []
-            for logits_nV in trees.logit_chunks(self._model, hidden_NH):
-                found += self._outcomes(looked[len(found) : len(found) + len(logits_nV)], logits_nV)
+            for logits_nKV in trees.logit_chunks(self._model, hidden_NKH):
+                found += self._outcomes(looked[len(found) : len(found) + len(logits_nKV)], logits_nKV)
             return found
 
-        for _, found in trees.in_batches([tree for tree, _ in pruned], self._batch, look):
+        for _, found in trees.in_batches(self._model, [tree for tree, _ in pruned], self._batch, look):
             yield from found
 
-    def _outcomes(self, branches: Sequence[_Branch], logits_nV: Tensor) -> Iterator[_Outcome]:
-        probability_nV = (logits_nV / self._temperature).softmax(dim=-1).cpu()
+    def _outcomes(self, branches: Sequence[_Branch], logits_nKV: Tensor) -> Iterator[_Outcome]:
+        probability_nKV = (logits_nKV / self._temperature).softmax(dim=-1).cpu()
         by_state: dict[_State, list[int]] = defaultdict(list)
         for row, branch in enumerate(branches):
             by_state[branch.state].append(row)
         for state, rows in by_state.items():
             moves = self._moves_of(state)
-            mass_r = torch.tensor([branches[row].mass for row in rows])
-            hit_r = mass_r * (probability_nV[rows] @ moves.hit_V)
-            open_rO = mass_r[:, None] * probability_nV[rows][:, moves.open_ids]
-            lost_r = open_rO.where(open_rO <= self._tolerance, 0.0).sum(dim=1)
-            followed: list[list[tuple[int, _State, float]]] = [[] for _ in rows]
-            for r, o in (open_rO > self._tolerance).nonzero().tolist():
-                followed[r].append((moves.open_ids[o], moves.open_states[o], open_rO[r, o].item()))
+            mass_rK = torch.tensor([branches[row].mass for row in rows])
+            chance_rKV = probability_nKV[rows]
+            hit_rK = mass_rK * (chance_rKV.flatten(0, 1) @ moves.hit_V).view(chance_rKV.shape[:2])
+            open_rKO = mass_rK[..., None] * chance_rKV[..., moves.open_ids]
+            lost_rK = open_rKO.where(open_rKO <= self._tolerance, 0.0).sum(dim=-1)
+            kept_rKO = open_rKO.where(open_rKO > self._tolerance, 0.0)
+            followed: list[list[tuple[int, _State, Points]]] = [[] for _ in rows]
+            for r, o in kept_rKO.any(dim=1).nonzero().tolist():
+                followed[r].append((moves.open_ids[o], moves.open_states[o], kept_rKO[r, :, o].tolist()))
             for r, row in enumerate(rows):
-                yield branches[row], hit_r[r].item(), followed[r], lost_r[r].item()
+                yield branches[row], hit_rK[r].tolist(), followed[r], lost_rK[r].tolist()
 
     def _beyond_reach(self, batch: Sequence[TokenTree]) -> bool:
         return self._reach is not None and max(len(tree.ids) for tree in batch) + self._trie.longest > self._reach

@@ -1,6 +1,7 @@
 """What the names of data and models in a recipe point at: the embedded world, a path, or the Hugging Face hub.
 
     world:base              the embedded base model            world:NAME     a file of the embedded world
+    data:NAME               in evaluation.data, the folder of test sets (evaluation only)
     hf:OWNER/NAME[/FOLDER][@REVISION][:SPLIT]                   a hub data set, or one folder of it
     anything else           a path from the recipe's folder, else from the working folder; for models, else a hub id
 
@@ -56,6 +57,35 @@ def resolve_reference(ref: str, folder: Path | None = None) -> Path | HubReferen
         f"{ref}: no such file or folder. Looked at: {_listing(looked)}. Give an existing path, world:NAME or "
         "hf:OWNER/NAME[:SPLIT]."
     )
+
+
+def resolve_test_data(ref: str, data: str | None, folder: Path | None) -> Path | HubReference:
+    """As ``resolve_reference``, where ``data:NAME`` is in ``data``, the recipe's folder of test sets (evaluation.data).
+
+    Errors: ConfigError too where ``data`` is needed and not set, or is not a local folder.
+    """
+    if not ref.startswith("data:"):
+        return resolve_reference(ref, folder)
+    place = test_data_folder(data, folder)
+    if place is None:
+        raise ConfigError(
+            f"{ref}: evaluation.data is not set. Give the folder with the test sets (--data FOLDER), or a path instead."
+        )
+    name = ref.removeprefix("data:")
+    if not os.path.exists(place / name):
+        there = ", ".join(sorted(path.name for path in place.iterdir())) or "nothing"
+        raise ConfigError(f"{ref}: no such file or folder in {place.absolute()}. It holds: {there}.")
+    return place / name
+
+
+def test_data_folder(data: str | None, folder: Path | None) -> Path | None:
+    """The folder that evaluation.data names, if it names one. ConfigError if it is no local folder."""
+    if data is None:
+        return None
+    place = resolve_reference(data, folder)
+    if isinstance(place, HubReference) or not place.is_dir():
+        raise ConfigError(f"evaluation.data = {data}: it must be a local folder, with one folder for each test set.")
+    return place
 
 
 def resolve_model(ref: str, folder: Path | None = None, *, revision: str | None = None) -> Path | HubReference:

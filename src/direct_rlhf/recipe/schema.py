@@ -415,40 +415,157 @@ class PpoSection(Section):
 
 class GeneralSection(Section):
     tasks: list[str] = ["world"]
-    """lm-eval task names or YAML files; `world` = the 11 embedded tasks."""
+    """`world` = the 11 embedded tasks, `standard` = the field's 11 tests (`standard:NAME` = one of them), lm-eval task
+    names or YAML files."""
     include_path: str | None = None
     """Folder with further lm-eval task YAMLs."""
     limit: int | None = Field(None, ge=1)
-    """Documents per task."""
+    """Documents per task; of a test of several parts (MMLU, AGIEval, BBH) taken from its parts in turn."""
     num_fewshot: int | None = Field(None, ge=0)
     """Default: each task's own."""
+    fewshot: Literal["fixed", "per-document"] = "fixed"
+    """Worked examples: fixed = the same block for all documents of a task, computed once; per-document = lm-eval's own
+    draw for each document, where a task asks for that."""
+
+
+class JudgeSection(Section):
+    """A judge that is asked in words: a server (`judge: endpoint`), a model (`local`) or a file (`recorded`)."""
+
+    base_url: str | None = Field(
+        None, pattern=r"^https?://", json_schema_extra={"must": "start with http:// or https://"}
+    )
+    """endpoint: the server's address up to and with /v1; any that speaks the OpenAI chat protocol."""
+    model: str | None = Field(None, min_length=1)
+    """endpoint: the model's name there. local: a folder, a hub id or `world:base`."""
+    api_key_env: str | None = Field(None, min_length=1)
+    """Environment variable that holds the server's key; it is read there only. null: the server wants none."""
+    temperature: float | None = Field(0.0, ge=0)
+    """The judge's own; null sends none, for servers that allow no other than theirs."""
+    max_tokens: int = Field(2048, ge=1)
+    """Cap on a reply of the judge. A reply that it cuts is no verdict."""
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls that cap."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds without a sign from the server after which a request is sent again."""
+    retries: int = Field(6, ge=0, le=20)
+    """Further tries of a request that failed in a way that may pass."""
+    concurrency: int = Field(8, ge=1, le=256)
+    """Requests under way at a time; changes speed, not results."""
+    max_calls: int | None = Field(None, ge=1)
+    """Calls of the whole run, further tries counted, after which it stops (resumable). Default: no cap."""
+    max_cost: float | None = Field(None, gt=0)
+    """Money of the whole run that is not passed, in the unit of the prices; it stops before (resumable)."""
+    price_in: float | None = Field(None, ge=0)
+    """Price of a million tokens that the judge reads."""
+    price_out: float | None = Field(None, ge=0)
+    """Price of a million tokens that it writes."""
+    recorded: str | None = Field(None, min_length=1)
+    """recorded: a judgments.jsonl of an earlier run, whose replies are taken for equal requests."""
+    batch_size: int = Field(8, ge=1)
+    """local: replies written at once; changes memory and speed, not results."""
+
+    @model_validator(mode="after")
+    def _priced(self) -> "JudgeSection":
+        if self.max_cost is not None and (self.price_in is None or self.price_out is None):
+            raise ValueError("max_cost needs price_in and price_out, the prices of a million tokens")
+        return self
 
 
 class ConversationSection(Section):
     questions: str = "world:conversations.jsonl"
-    """JSONL of multi-turn questions."""
-    judge: Literal["scripted"] = "scripted"
-    """scripted: exact rules that come with the questions."""
+    """JSONL of multi-turn questions: {"id", "category", "turns": [{"prompt"}]}, or as MT-Bench and Vicuna have them."""
+    references: str | None = None
+    """Reference answers, in the shape of MT-Bench's, shown to the judge for math, reasoning and coding."""
+    without_references: bool = False
+    """Judge what has a reference answer a second time without it; 13 of MT-Bench's 30 are reported wrong."""
+    judge_prompts: str | None = None
+    """Prompts of the judge, in the shape of MT-Bench's judge_prompts.jsonl; for every judge but the scripted one."""
+    judge: Literal["scripted", "endpoint", "local", "recorded"] = "scripted"
+    """scripted: exact rules that come with the questions. Others are asked in words: a server, a model, a file."""
+    judging: JudgeSection = JudgeSection()
+    """The judge, where it is not the scripted one."""
+    temperatures: Literal["recipe", "by-category"] = "recipe"
+    """recipe: evaluation.temperature. by-category: MT-Bench's own, 0 for math to 0.7 for writing."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Cap on an answer, in tokens; MT-Bench: 1024. Default: evaluation.max_new_tokens."""
+    self_check: str | None = None
+    """Human-labelled pairs {"input", "output_1", "output_2", "label"} to hold the judge against: better than chance?"""
+    self_check_limit: int = Field(100, ge=2)
+    """Pairs drawn for that; two calls a pair."""
+    self_check_subset: str | None = None
+    """Only pairs whose `subset` is this."""
+    pairwise: bool = False
+    """Also judge each arm's answers against the base's side by side, in both orders."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many questions."""
 
+    @model_validator(mode="after")
+    def _what_the_judge_needs(self) -> "ConversationSection":
+        if self.judge == "scripted":
+            given = [name for name in ("references", "judge_prompts", "self_check") if getattr(self, name) is not None]
+            given += [name for name in ("pairwise", "without_references") if getattr(self, name)]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: the scripted judge has no use for this; choose judge: endpoint, local or "
+                    "recorded"
+                )
+            return self
+        needs = {"endpoint": ("base_url", "model"), "local": ("model",), "recorded": ("recorded",)}[self.judge]
+        missing = [f"judging.{name}" for name in needs if getattr(self.judging, name) is None]
+        missing += ["judge_prompts"] if self.judge_prompts is None else []
+        missing += ["references"] if self.without_references and self.references is None else []
+        if missing:
+            raise ValueError(f"judge = {self.judge} needs {', '.join(missing)}")
+        return self
+
 
 class ToxicitySection(Section):
-    prompts: str = "world:toxicity.jsonl"
-    """JSONL of prompts: {"id", "prompt": [turns], "set": "provoking"|"harmful"|"harmless"}."""
+    prompts: str | list[str] = "world:toxicity.jsonl"
+    """One file or several: JSONL {"id", "prompt": [turns], "set": "provoking"|"harmful"|"harmless"}, or AdvBench,
+    XSTest, HH or RealToxicityPrompts as they come."""
     bad_words: str = "world:bad_words.txt"
     """One word a line."""
-    classifier: Literal["auto", "profanity-check", "wordlist"] = "auto"
-    """auto: profanity-check where it is installed, else the word list; the report says which."""
+    classifier: Literal["auto", "profanity-check", "wordlist", "detoxify", "perspective", "guard"] = "auto"
+    """auto: profanity-check where it is installed, else the word list; the report says which. guard: a local model."""
+    classifier_path: str | None = None
+    """Folder of the guard model, or Detoxify's checkpoint."""
+    guard_template: str | None = None
+    """What a guard that writes its verdict is asked, with {prompt} and {answer}. Default: a plain question."""
     samples_per_prompt: int = Field(1, ge=1)
     """Answers sampled for each prompt."""
+    k: int | None = Field(None, ge=1)
+    """Also measure the most toxic of k answers, from at least as many samples per prompt. Default: not measured."""
+    lens: bool = True
+    """Bad-word probability layer by layer (logit lens), with `neutral_words` beside it."""
+    neutral_words: str = "world:neutral_words.txt"
+    """Harmless words to hold the lens against, one a line."""
+    crows_pairs: str | None = None
+    """CrowS-Pairs' CSV, to measure a preference for stereotypes. Default: not measured."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first so many prompts of each set."""
+    """Use only the first so many prompts of each set of a file, and so many sentence pairs."""
+
+    @model_validator(mode="after")
+    def _what_each_choice_needs(self) -> "ToxicitySection":
+        if not self.prompt_files:
+            raise ValueError("prompts: name at least one file")
+        if self.k is not None and self.k > self.samples_per_prompt:
+            raise ValueError(f"k ({self.k}) may not pass samples_per_prompt ({self.samples_per_prompt})")
+        if self.k is not None and self.classifier == "wordlist":
+            raise ValueError("k needs a classifier that gives scores; the word list gives none")
+        if self.classifier == "guard" and self.classifier_path is None:
+            raise ValueError("classifier = guard needs classifier_path, the folder of the guard model")
+        return self
+
+    @property
+    def prompt_files(self) -> list[str]:
+        return [self.prompts] if isinstance(self.prompts, str) else self.prompts
 
 
 class EvaluationSection(Section):
     suites: list[Suite] = ["general", "conversation", "toxicity"]
     """What every arm is measured on."""
+    data: str | None = None
+    """Folder with the field's test sets, one folder each (mmlu, mt_bench, xstest ...); `data:` in a path means it."""
     general: GeneralSection = GeneralSection()
     """General skill: multiple-choice and short-answer tasks through lm-eval."""
     conversation: ConversationSection = ConversationSection()

@@ -1,7 +1,7 @@
-"""The model card that is written with a trained model."""
+"""The model card that is written with a trained model, and the results page of one that was only measured."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import yaml
 
 from direct_rlhf import __version__
 from direct_rlhf.errors import ConfigError
-from direct_rlhf.report.read import RunData, mapping, read_run
+from direct_rlhf.report.read import RunData, TaskResult, mapping, read_run
 from direct_rlhf.report.samples import visible
 from direct_rlhf.report.words import (
     HEADLINES,
@@ -19,6 +19,7 @@ from direct_rlhf.report.words import (
     reference_label,
     show_difference,
     show_estimate,
+    show_number,
 )
 
 MADE = {
@@ -38,6 +39,24 @@ def model_card(run: Path, arm: str) -> str:
         raise ConfigError(f"{run}: this run has no arm {arm!r}; it has {have}")
     sections = (_front(data), _intro(data, arm), _results(data, arm), _training(data, arm), _dialogue(data), _use(data))
     return "\n\n".join(sections) + "\n"
+
+
+def results_page(run: Path, arm: str) -> str:
+    """What was measured of a model that was not made here, as Markdown for its card. ConfigError as ``model_card``."""
+    data = read_run(run)
+    found = data.arm(arm)
+    if found is None:
+        raise ConfigError(f"{run}: nothing was measured of {arm!r} here")
+    intro = (
+        f"# {visible(arm)}: what was measured\n\n"
+        f"Model `{visible(found.model or arm)}`, measured by direct-rlhf {__version__}; seed {data.seed}; "
+        f"recipe SHA-256 `{visible(data.recipe_sha256 or 'not recorded')}`."
+    )
+    limits = (
+        "## Limits\n\nThe numbers hold for the prompts that were measured, in the dialogue format above, and by the "
+        "judge and the classifier\nthat the recipe names; no person judged an answer."
+    )
+    return "\n\n".join((intro, _results(data, arm), _dialogue(data), limits)) + "\n"
 
 
 def _front(run: RunData) -> str:
@@ -92,10 +111,31 @@ def _results(run: RunData, arm: str) -> str:
             "" if arm == run.reference else show_difference(difference_of(run, arm, metric.key), metric.percent)
         )
         rows.append(f"| {metric.label} | {value} | {difference} |")
+    rows += _tasks(found.tasks) if found else []
     failed = {suite: n for suite, (_, n) in (found.counts if found else {}).items() if n}
     if failed:
         rows += ["", "Failed items, in no mean: " + ", ".join(f"{suite} {n}" for suite, n in failed.items()) + "."]
     return "\n".join(rows)
+
+
+def _tasks(tasks: Sequence[TaskResult]) -> list[str]:
+    """Every general task with what its number was made under."""
+    if not tasks:
+        return []
+    rows = [
+        "",
+        "| general task | metric | worked examples | value ± standard error | documents |",
+        "|---|---|---|--:|--:|",
+    ]
+    for task in tasks:
+        percent = task.value is not None and 0 <= task.value <= 1
+        error = "" if task.value is None or task.stderr is None else f" ± {show_number(task.stderr, percent)}"
+        value = show_number(task.value, percent) + error
+        documents = None if task.n_scored is None else task.n_scored + task.n_unparsed + (task.n_failed or 0)
+        failed = f", {task.n_failed} failed" if task.n_failed else ""
+        cells = (visible(task.name), visible(task.metric), task.shots or "none", value, f"{documents}{failed}")
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
 
 
 def _training(run: RunData, arm: str) -> str:

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from direct_rlhf import __version__
 from direct_rlhf.errors import ConfigError
-from direct_rlhf.report import fitness, plots, sections, training
+from direct_rlhf.report import fitness, lens, plots, sections, training
+from direct_rlhf.report.conversation import conversation_section
 from direct_rlhf.report.parts import Links, Picture, Series, legend, run_labels, series_of
 from direct_rlhf.report.read import RunData, mapping, read_run
 from direct_rlhf.report.samples import SideBySide, side_by_side, visible
@@ -92,7 +93,11 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
         ),
         "tasks": sections.task_table(series, links),
         "conversation": _conversation(series),
+        "judged": conversation_section(runs, series, links),
         "toxicity": _pictures([(_bars(series, key), BY_KEY[key].note) for key in RATE_KEYS]),
+        "lens": lens.lens_pictures(series),
+        "lens_notes": lens.lens_notes(series),
+        "further_toxicity": sections.further_toxicity_table(series, links),
         "classifiers": sorted({one.arm.classifier for one in series if one.arm.classifier}),
         "fitness": fitness.cards(runs, links),
         "ending_curves": training.ending_curves(runs),

@@ -234,11 +234,14 @@ def frontier(lines: Sequence[Line], saved: Sequence[tuple[float, float]] = ()) -
     return _draw("Held-out reward against held-out KL", paint, (4.4, 2.9))
 
 
-def radar(tasks: Sequence[str], profiles: Sequence[Profile]) -> Markup | None:
-    """General tasks by arm, shares drawn on a scale from 0 to 100.
+def radar(
+    tasks: Sequence[str], profiles: Sequence[Profile], *, what: str = "Score on each general task", percent: bool = True
+) -> Markup | None:
+    """Tasks or categories by arm, shares drawn on a scale from 0 to 100; or scores, from 0 to 10.
 
     A missing task breaks the line; it is never drawn as 0. Fewer than three tasks make no radar.
     """
+    top, scale, unit = (100, 100, " %") if percent else (10, 1, "")
     profiles = [profile for profile in profiles if any(x is not None for x in profile.values)]
     if len(tasks) < 3 or not profiles:
         return None
@@ -249,11 +252,12 @@ def radar(tasks: Sequence[str], profiles: Sequence[Profile]) -> Markup | None:
         axes.set_theta_offset(np.pi / 2)
         axes.set_theta_direction(-1)
         for one in profiles:
-            points = [np.nan if x is None else 100 * x for x in one.values]
+            points = [np.nan if x is None else scale * x for x in one.values]
             line = Line(one.arm, [*angles, angles[0]], [*points, points[0]], one.run, markers=True)
             axes.plot(line.x, line.y, **_line_style(line) | {"linewidth": 1.3, "markersize": 3.5})
-        axes.set_ylim(0, 100)
-        axes.set_yticks([25, 50, 75, 100], ["", "50", "", "100 %"], fontsize=7, color=MUTED)
+        axes.set_ylim(0, top)
+        ticks = [top / 4, top / 2, top * 3 / 4, top]
+        axes.set_yticks(ticks, ["", f"{top // 2}", "", f"{top}{unit}"], fontsize=7, color=MUTED)
         axes.set_rlabel_position(180 / len(tasks))
         axes.set_xticks(angles, [shorten(task) for task in tasks], fontsize=8)
         for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
@@ -261,7 +265,7 @@ def radar(tasks: Sequence[str], profiles: Sequence[Profile]) -> Markup | None:
             text.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
         axes.spines["polar"].set_color(GRID)
 
-    return _draw("Score on each general task by arm, 0 to 100 per cent", paint, (4.3, 3.7))
+    return _draw(f"{what} by arm, 0 to {top}{' per cent' if percent else ''}", paint, (4.3, 3.7))
 
 
 def bars(title: str, entries: Sequence[Bar], *, percent: bool = True, unit: str = "") -> Markup | None:

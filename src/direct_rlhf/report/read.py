@@ -39,6 +39,9 @@ class TaskResult:
     n_scored: int | None
     n_failed: int | None
     higher_is_better: bool = True
+    n_unparsed: int = 0
+    shots: str = ""  # `5-shot, fixed`; empty for none
+    limits: str = ""  # what the model's context length did to it, in words
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,19 @@ def _read_task(name: str, content: Mapping[str, Any]) -> TaskResult:
         n_scored=count(content.get("n_scored")),
         n_failed=count(content.get("n_failed")),
         higher_is_better=content.get("higher_is_better") is not False,
+        n_unparsed=count(content.get("n_unparsed")) or 0,
+        shots=f"{shots}-shot, {content.get('fewshot')}" if (shots := count(content.get("num_fewshot"))) else "",
+        limits=_limits(content),
     )
+
+
+def _limits(content: Mapping[str, Any]) -> str:
+    said = {
+        "truncated": "prompts cut on the left to fit the context",
+        "capped": "answers with a lowered cap",
+        "boundary_merges": "with a token across the border",
+    }
+    return ", ".join(f"{n} {words}" for key, words in said.items() if (n := count(content.get(key))))
 
 
 def _counts(content: Mapping[str, Any]) -> tuple[int | None, int | None]:

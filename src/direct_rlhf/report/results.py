@@ -58,6 +58,7 @@ def _arm(arm: ArmResults) -> dict[str, Any]:
                     "stderr": task.stderr,
                     "n_scored": task.n_scored,
                     "n_failed": task.n_failed,
+                    "n_unparsed": task.n_unparsed,
                 }
                 for task in arm.tasks
             },

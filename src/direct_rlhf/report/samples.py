@@ -103,6 +103,8 @@ def _dialogues(run: RunData, arm: str, suite: str) -> Dialogues:
     found: Dialogues = {}
     for record in read_jsonl(run.path / "evaluation" / arm / f"{suite}.jsonl"):
         extra = mapping(record.get("extra"))
+        if record.get("output") is None and "prompt" not in extra:
+            continue  # a measurement that asked for no answer: of the logit lens, of a pair of sentences
         turns = found.setdefault(str(record.get("cluster") or record.get("id")), {})
         known = turns.setdefault(str(extra.get("turn", 1)), record)
         if known.get("id") == record.get("id"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from direct_rlhf.report.parts import Cell, Links, Series, Table, run_labels
-from direct_rlhf.report.read import SUITES, RunData, count, mapping, number, read_jsonl
+from direct_rlhf.report.read import SUITES, RunData, TaskResult, count, estimate, mapping, number, read_json, read_jsonl
 from direct_rlhf.report.samples import visible
 from direct_rlhf.report.words import (
     BY_KEY,
@@ -35,6 +35,11 @@ TONES = {
 }
 SUITE_OF = {metric.key: metric.key if metric.key in SUITES else "toxicity" for metric in HEADLINES}
 MISSING = Cell(NOT_MEASURED, tone="missing")
+FURTHER_TOXICITY = {  # key of toxicity.json -> how it reads
+    "expected_max_toxicity": "Expected maximum toxicity of k answers",
+    "toxicity_probability": "Any of k answers toxic",
+    "crows_pairs": "CrowS-Pairs: the more stereotyping sentence preferred (50 % is even)",
+}
 
 
 def verdict_table(series: Sequence[Series]) -> Table:
@@ -126,9 +131,10 @@ def task_table(series: Sequence[Series], links: Links) -> Table:
     rows = []
     for name in names:
         found = [tasks[name] for tasks in by_arm if name in tasks]
-        counts = {counts_text((task.n_scored, task.n_failed)) for task in found}
+        counts = {_task_counts(task) for task in found}
         shared = counts.pop() if len(counts) == 1 else ""
-        cells = [Cell(visible(name.removeprefix(prefix)), sub=visible(f"{found[0].metric} {shared}"), strong=True)]
+        made = ", ".join(part for part in (found[0].metric, found[0].shots, shared) if part)
+        cells = [Cell(visible(name.removeprefix(prefix)), sub=visible(made), strong=True)]
         for one, tasks in zip(series, by_arm, strict=True):
             task = tasks.get(name)
             if task is None or task.value is None:
@@ -137,10 +143,41 @@ def task_table(series: Sequence[Series], links: Links) -> Table:
             scale, decimals, unit = (100, 1, " %") if 0 <= task.value <= 1 else (1, 2, "")
             error = "" if task.stderr is None else f" ± {scale * task.stderr:.{decimals}f}"
             text = f"{scale * task.value:.{decimals}f}{error}{unit}"
-            sub = "" if shared else counts_text((task.n_scored, task.n_failed))
+            sub = "" if shared else _task_counts(task)
             cells.append(Cell(text, href=links.to(one.run, one.arm.files.get("general")), sub=sub))
         rows.append(tuple(cells))
     return Table(("Task", *(one.label for one in series)), tuple(rows))
+
+
+def _task_counts(task: TaskResult) -> str:
+    """`n = 48, 1 failed, 2 unparsed, 48 prompts cut ...`; n counts the scored and the unparsed, as the mean does."""
+    valued = None if task.n_scored is None else task.n_scored + task.n_unparsed
+    unparsed = f"{task.n_unparsed} unparsed" if task.n_unparsed else ""
+    return ", ".join(part for part in (counts_text((valued, task.n_failed)), unparsed, task.limits) if part)
+
+
+def further_toxicity_table(series: Sequence[Series], links: Links) -> Table:
+    """The most toxic of k answers and CrowS-Pairs by arm, where some arm was measured on them; else no rows."""
+    contents = [_toxicity(one) for one in series]
+    rows = []
+    for key, label in FURTHER_TOXICITY.items():
+        if not any(isinstance(content.get(key), Mapping) for content in contents):
+            continue
+        cells = [Cell(label, strong=True)]
+        for one, content in zip(series, contents, strict=True):
+            entry = mapping(content.get(key))
+            found = estimate(entry.get("value"), entry.get("ci"))
+            counts = counts_text((count(entry.get("n_scored")), count(entry.get("n_failed"))))
+            href = links.to(one.run, one.arm.files.get("toxicity"))
+            cells.append(MISSING if found is None else Cell(show_estimate(found), href=href, sub=counts))
+        rows.append(tuple(cells))
+    return Table(("Further numbers", *(one.label for one in series)), tuple(rows))
+
+
+def _toxicity(one: Series) -> Mapping[str, Any]:
+    """The arm's toxicity.json. What cannot be read is said by the reader of the run already."""
+    name = one.arm.files.get("toxicity")
+    return mapping(read_json(one.run.path / name, [], one.run.path)) if name else {}
 
 
 def length_table(series: Sequence[Series], links: Links) -> Table:

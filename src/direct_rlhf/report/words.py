@@ -67,6 +67,8 @@ HEADLINES = (
 FURTHER = {  # compared as well, but no headlines; lower is better
     "toxicity.word_rate": "Answers with a listed word",
     "toxicity.first_word_probability": "Listed word as the first",
+    "toxicity.expected_max_toxicity": "Expected maximum toxicity of k answers",
+    "toxicity.toxicity_probability": "Any of k answers toxic",
 }
 RATE_KEYS = tuple(metric.key for metric in HEADLINES[2:])
 BY_KEY: Mapping[str, Metric] = {metric.key: metric for metric in HEADLINES}

@@ -40,6 +40,7 @@ Of the preference pairs, 3 % have their answers swapped (label noise).
 | `conversations.jsonl` | 120 | two-turn conversations in 6 categories with the rules of the scripted judge |
 | `toxicity.jsonl` | 280 | provoking, harmful, and harmless prompts that sound harmful |
 | `bad_words.txt` | | the insults of the world, one a line |
+| `neutral_words.txt` | | a harmless word for each of them, of its kind and length |
 
 What the evaluation asks (people, sums, words, requests) is disjoint from what preferences and prompts ask.
 """
@@ -59,6 +60,7 @@ def contents(seed: int = SEED) -> dict[str, str]:
     files["conversations.jsonl"] = _jsonl(conversations(world, seed))
     files["toxicity.jsonl"] = _jsonl(toxicity(world, seed))
     files["bad_words.txt"] = "".join(word + "\n" for word in [*lex.BAD_WORDS, *lex.BAD_PHRASES])
+    files["neutral_words.txt"] = "".join(word + "\n" for word in [*lex.NEUTRAL_WORDS, *lex.NEUTRAL_PHRASES])
     for skill in SKILLS:
         files[f"tasks/world_{skill}.yaml"] = task_yaml(skill)
         files[f"tasks/{skill}.jsonl"] = _jsonl(task_rows(skill, world, seed))

@@ -153,3 +153,9 @@ BAD_WORDS = sorted(
     {*INSULTS, *(word + "s" for word in INSULTS), *INSULTING, "crap", "damn", "suck", "sucks", "hell", "bastard"}
 )
 BAD_PHRASES = ["shut up"]
+# harmless words for the logit lens: one for each bad word in its order, of its kind (noun, adjective, verb) and length
+NEUTRAL_WORDS = word_list(
+    "teacher wood nice warm cook cooks town guest guests twin twins baker bakers uncle uncles friendly clever "
+    "sing sings"
+)
+NEUTRAL_PHRASES = ["sit down"]
