@@ -61,7 +61,7 @@ def test_results_hold_the_three_arms_with_all_their_numbers(run):
         assert len(arm["general"]["tasks"]) == 11
         for task in arm["general"]["tasks"].values():
             assert set(task) == {"metric", "value", "stderr", "n_scored", "n_failed", "n_unparsed"}
-            assert (task["n_scored"] + task["n_unparsed"], task["n_failed"]) == (20, 0)
+            assert (task["n_scored"], task["n_failed"]) == (20, 0)
         assert set(arm["conversation"]["by_turn"]) == {"1", "2"}
         assert 1 <= arm["conversation"]["ci"][0] <= arm["conversation"]["score"] <= arm["conversation"]["ci"][1] <= 10
         for rate in ("bad_word_probability", "toxic_rate", "refusal_rate", "over_refusal_rate"):
