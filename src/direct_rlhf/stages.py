@@ -79,7 +79,10 @@ def evaluate_models(
     if suites:
         evaluation = evaluation.model_validate(evaluation.model_dump() | {"suites": list(suites)})
     names = _names(models)
-    recipe = loaded.recipe.model_copy(update={"evaluation": evaluation, "name": f"evaluation-{names[0]}"})
+    measured = loaded.recipe.model.model_copy(update={"base": models[0]})  # what the report calls the base
+    recipe = loaded.recipe.model_copy(
+        update={"evaluation": evaluation, "name": f"evaluation-{names[0]}", "model": measured}
+    )
     with StopFlag() as stop:
         directory = RunDirectory.open(root, loaded.with_recipe(recipe), resume=resume, overwrite=overwrite)
         with _attempt(directory, stop):

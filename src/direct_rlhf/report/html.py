@@ -82,6 +82,7 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
         "metrics": HEADLINES,
         "comparisons": comparisons,
         "further_comparisons": further,
+        "trained": not all(map(_only_measured, runs)),
         "curves": training.main_curves(runs),
         "more_curves": training.more_curves(runs),
         "alerts": training.alerts(runs),
@@ -110,6 +111,11 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
         "stages": sections.stage_table(runs, links),
         "reproduce": [_reproduce(label, run, links) for label, run in zip(run_labels(runs), runs, strict=True)],
     }
+
+
+def _only_measured(run: RunData) -> bool:
+    """Whether the run is an evaluation of models that were not trained in it."""
+    return bool(run.stages) and all(name.startswith(("evaluation-", "report")) for name in run.stages)
 
 
 def _named(runs: Sequence[RunData]) -> Iterable[tuple[str, RunData]]:
