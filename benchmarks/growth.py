@@ -18,6 +18,7 @@ import rollout as sampling
 import tiny
 from common import arguments, finish
 from direct_rlhf.data.types import Prompt, Turn
+from direct_rlhf.models.batches import SCORE_FACTOR
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import CRITIC, POLICY, Roles
 from direct_rlhf.models.scalar import ScalarModel
@@ -83,13 +84,7 @@ class Bench:
         )
         self.prompt = Prompt("p", (Turn("human", "?"),), "helpful", "made up")
 
-    def sample(self, count: int) -> tuple[float, int]:
-        prompts = tiny.prompts(count, PROMPT, shortest=PROMPT)
-        begin = time.perf_counter()
-        n_tokens, _ = sampling.ours(self.roles.policy, prompts, 0)
-        return time.perf_counter() - begin, n_tokens
-
-    def sample_spread(self, model: Any, count: int) -> tuple[float, int]:
+    def sample(self, model: Any, count: int) -> tuple[float, int]:
         prompts = tiny.prompts(count, PROMPT, shortest=PROMPT)
         begin = time.perf_counter()
         n_tokens, _ = sampling.ours(model, prompts, 0)
@@ -104,7 +99,7 @@ class Bench:
             section=section,
             cap=rollout.response_ids_BT.shape[1],
             check_stop=lambda: None,
-            chunk=ChunkSize("score", section.micro_batch_tokens),
+            chunk=ChunkSize("score", SCORE_FACTOR * section.micro_batch_tokens),
         )
 
     def score(self, lengths: Sequence[int]) -> tuple[float, int]:
@@ -135,11 +130,11 @@ class Bench:
 
 def cases(bench: Bench, answers: int) -> dict[str, dict[str, Callable[[], tuple[float, int]]]]:
     """Group -> row -> work; the first row of a group is what the others are compared with."""
-    natural = tiny.build(12)
+    natural, policy = tiny.build(12), bench.roles.policy
     found: dict[str, dict[str, Callable[[], tuple[float, int]]]] = {
-        "sampling, more answers": {f"{n} x": lambda n=n: bench.sample(n * answers) for n in (1, 2, 4)},
+        "sampling, more answers": {f"{n} x": lambda n=n: bench.sample(policy, n * answers) for n in (1, 2, 4)},
         "sampling, natural lengths, more answers": {
-            f"{n} x": lambda n=n: bench.sample_spread(natural, n * 4 * answers) for n in (1, 2, 4)
+            f"{n} x": lambda n=n: bench.sample(natural, n * 4 * answers) for n in (1, 2, 4)
         },
     }
     for name, work in (("scoring", bench.score), ("update", bench.update)):

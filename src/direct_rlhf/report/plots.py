@@ -265,7 +265,8 @@ def radar(
             text.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
         axes.spines["polar"].set_color(GRID)
 
-    return _draw(f"{what} by arm, 0 to {top}{' per cent' if percent else ''}", paint, (5.8, 3.7))  # wide: names of tasks stand beside the circle
+    wide = (5.8, 3.7)  # names of tasks stand beside the circle
+    return _draw(f"{what} by arm, 0 to {top}{' per cent' if percent else ''}", paint, wide)
 
 
 def bars(title: str, entries: Sequence[Bar], *, percent: bool = True, unit: str = "") -> Markup | None:
