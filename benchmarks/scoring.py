@@ -228,6 +228,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
             job |= {"docs": 8, "shots": 2}
         rounds: list[tuple[dict[str, Any], dict[str, Any]]] = []
         peers = list(PEERS)
+        others: dict[str, list[float]] = {}  # seconds and MB of the slower one, of one round
         for number in range(1 if options.quick else options.rounds):
             order = [OURS, *peers] if number % 2 == 0 else [*peers, OURS]
             sides = {}
@@ -238,9 +239,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
                 shown = f"{sides[side]['seconds']:.2f} s, {own(sides[side]):.0f} MB of its own"
                 print(f"round {number + 1}, {case}, {side}: {shown}", file=sys.stderr, flush=True)
             # the first round says which of the two is faster; it alone goes on
-            peers = [min(peers, key=lambda side: float(sides[side]["seconds"]))]
+            faster = min(peers, key=lambda side: float(sides[side]["seconds"]))
+            others |= {side: [sides[side]["seconds"], own(sides[side])] for side in peers if side != faster}
+            peers = [faster]
             rounds.append((sides[OURS], sides[peers[0]]))
-        found[case] = {"compared with": peers[0], **summary(rounds)}
+        found[case] = {"compared with": peers[0], "others_seconds_mb": others, **summary(rounds)}
     return found
 
 

@@ -58,6 +58,19 @@ def test_the_list_names_eleven_tests_with_the_usual_number_of_examples():
     }
 
 
+def test_every_name_on_the_list_is_a_task_or_group_of_lm_eval():
+    import lm_eval.tasks
+
+    shipped = Path(lm_eval.tasks.__file__).parent
+    for test in standard_tests():
+        folders = [str(shipped / name) for name in test.configs]
+        index = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False).task_index
+        for member in test.specification(None):  # as from the hub
+            (key,) = {"task", "group"} & member.keys()
+            assert index[member[key]].kind.name == key.upper()
+            assert member["num_fewshot"] == test.num_fewshot
+
+
 def test_every_document_has_lm_evals_own_prompt(sets):
     tests = load(sets).tests
     first = {name: next(iter(prompts(test, 1).values()))[0] for name, test in tests.items()}
