@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+KERNELS = 130 * 2**20  # half a megabyte each; 80 to 200 MiB were seen, more in the later phases of a run
 TRANSIENT = 1.1  # while a checkpoint is written, the one that it replaces is still there; files have headers
 
 
@@ -48,6 +49,7 @@ class Plan:
     recipe: Recipe
     device: str  # cpu or cuda
     process: int = 0  # bytes of the process itself, CPU only
+    kernels: int = 0  # bytes of the kernels that it will make, CPU only
     available: int | None = None  # bytes for this run; None: not known here
     peaks: list[Peak] = field(default_factory=list)
     forecasts: "list[Forecast]" = field(default_factory=list)
@@ -104,6 +106,7 @@ def plan(loaded: LoadedRecipe, *, root: Path, memory: int | None = None) -> Plan
     inputs = _Inputs(loaded, made.assumed)
     if made.device == "cpu":
         made.process = _process(inputs)
+        made.kernels = _kernels(recipe)
     made.available = memory if memory is not None else _available(made)
     _forecast(made, inputs)
     _disk(made)
@@ -222,7 +225,8 @@ def _forecast(made: Plan, inputs: _Inputs) -> None:
         found = known[section]
         made.forecasts.append(found)
         for phase, tensors in found.peaks.items():
-            made.peaks.append(Peak(stage, phase, tensors, made.process + found.grown.get(phase, tensors)))
+            process = made.process + made.kernels + found.grown.get(phase, tensors)
+            made.peaks.append(Peak(stage, phase, tensors, process))
         made.work += [(stage, text) for text in _work(recipe, section, inputs.pairs, longest)]
 
 
@@ -324,6 +328,16 @@ def _available(made: Plan) -> int | None:
     return min([free, *(int(limit) for limit in limits if limit.isdigit())])
 
 
+def _kernels(recipe: Recipe) -> int:
+    """Bytes of the kernels for bfloat16 products, which a CPU makes as it meets their sizes."""
+    import torch
+
+    from direct_rlhf.precision import arithmetic, makes_kernels
+
+    dtype = arithmetic("cpu", getattr(torch, recipe.model.dtype))
+    return KERNELS if makes_kernels("cpu", dtype) else 0
+
+
 def _process(inputs: _Inputs) -> int:
     """Bytes resident in this process once it holds what a run holds beside its tensors: libraries, kernels, data."""
     import torch
@@ -405,6 +419,8 @@ def show(made: Plan) -> None:
     rows.append(("", f"{size(made.disk_needed)} in all, {size(made.disk_free)} free"))
     if on_cpu:
         rows.append(("process", f"{size(made.process)} of libraries and data, measured in this process"))
+        if made.kernels:
+            rows.append(("", f"{size(made.kernels)} of bfloat16 kernels, made as their sizes are met"))
     if made.peaks:
         there = size(made.available) if made.available is not None else "not known"
         rows.append((f"memory ({made.device})", f"{size(made.highest.process)} needed, {there} available"))

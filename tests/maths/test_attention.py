@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import booleans, integers, lists, none, one_of
 
 from direct_rlhf.maths import attention
-from direct_rlhf.maths.attention import Rows, attend
+from direct_rlhf.maths.attention import Rows, attend, few_sizes
 
 HEADS, KEYS, SIZE = 4, 2, 6
 
@@ -31,13 +31,18 @@ def one_by_one(query, key, value, lengths, window, scale):
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=lists(integers(1, 9), min_size=1, max_size=6), window=one_of(none(), integers(1, 6)), fused=booleans())
-def test_packed_rows_attend_as_each_row_does_alone(lengths, window, fused):
+@given(
+    lengths=lists(integers(1, 9), min_size=1, max_size=6),
+    window=one_of(none(), integers(1, 6)),
+    fused=booleans(),
+    few=booleans(),
+)
+def test_packed_rows_attend_as_each_row_does_alone(lengths, window, fused, few):
     lengths = sorted(lengths)
     tensors = drawn(lengths)
-    limit, attention.EAGER_SLOTS = attention.EAGER_SLOTS, 0 if fused else attention.EAGER_SLOTS
+    limit, attention.EAGER_SLOTS = attention.EAGER_SLOTS, {} if fused else attention.EAGER_SLOTS
     try:
-        seen = attend(*tensors, Rows(tuple(lengths), torch.device("cpu")), window=window, scale=0.4)
+        seen = attend(*tensors, Rows(tuple(lengths), torch.device("cpu"), few), window=window, scale=0.4)
     finally:
         attention.EAGER_SLOTS = limit
     expected = one_by_one(*tensors, lengths, window, 0.4)
@@ -47,6 +52,16 @@ def test_packed_rows_attend_as_each_row_does_alone(lengths, window, fused):
     theirs = torch.autograd.grad((expected * weight).sum(), tensors)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@given(n=integers(1, 10**6))
+def test_a_size_is_rounded_up_by_at_most_an_eighth_to_one_of_few(n):
+    assert n <= few_sizes(n) <= n * 9 / 8
+    assert few_sizes(few_sizes(n)) == few_sizes(n)
+
+
+def test_eight_sizes_an_octave_are_left():
+    assert len({few_sizes(n) for n in range(1024, 2048)}) <= 9
 
 
 @pytest.mark.parametrize(

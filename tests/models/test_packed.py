@@ -10,16 +10,16 @@ from direct_rlhf.models.packed import gated, hidden, norm, packs, rotate
 from direct_rlhf.recipe.schema import LoraSection
 
 FAMILY = ["mistral", "llama", "qwen2"]
-LENGTHS = (1, 4, 5, 13)  # the longest passes the tiny Mistral's window of 8
+LENGTHS = (1, 4, 5, 13)  # 23 tokens, with few sizes 24; the longest passes the tiny Mistral's window of 8
 
 
 def test_the_family_is_packed_and_nothing_else():
     assert [name for name in CONFIGS if packs(backbone(tiny_lm(name).eval()))] == FAMILY
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("lora", "few"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("name", FAMILY)
-def test_packed_rows_equal_the_models_own_forward_one_by_one_in_value_and_gradient(name, lora):
+def test_packed_rows_equal_the_models_own_forward_one_by_one_in_value_and_gradient(name, lora, few):
     model = tiny_lm(name, scale=2.0).eval()
     if lora:
         model = add_lora(model, LoraSection(rank=2))
@@ -28,7 +28,7 @@ def test_packed_rows_equal_the_models_own_forward_one_by_one_in_value_and_gradie
                 torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
     trunk, parameters = backbone(model), [p for p in model.parameters() if p.requires_grad]
     ids_N = torch.randint(3, 300, (sum(LENGTHS),), generator=torch.Generator().manual_seed(2))
-    ours = hidden(trunk, ids_N, Rows(LENGTHS, ids_N.device))
+    ours = hidden(trunk, ids_N, Rows(LENGTHS, ids_N.device, few))
     own = torch.cat([trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split(LENGTHS)])
     torch.testing.assert_close(ours, own, atol=2e-5, rtol=1e-4)
     weight = torch.randn(own.shape, generator=torch.Generator().manual_seed(3))

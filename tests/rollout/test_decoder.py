@@ -26,9 +26,11 @@ def own_logits(model, ids):
         return model(input_ids=torch.tensor([ids])).logits[0, -1]
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("name", ["mistral", "mistral-window", "qwen2", "qwen2-window", "qwen3", "llama3"])
-def test_rows_that_start_move_and_end_at_any_time_keep_the_models_own_logits(build, name):
+def test_rows_that_start_move_and_end_at_any_time_keep_the_models_own_logits(build, monkeypatch, name, few):
     model = build(name)
+    monkeypatch.setattr(decoder_module, "prefers_onednn", lambda device, dtype: few)
     with torch.inference_mode():
         decoder = Decoder(model, rows=3, slots=24, longest=9)
         rows = [list(prompt) for prompt in PROMPTS]

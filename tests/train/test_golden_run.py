@@ -25,7 +25,10 @@ def platform_name() -> str:
     """What the rounding depends on: torch, the instruction set it uses, and the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    model = known.get("model name", platform.processor())
+    if not any(letter.isdigit() for letter in model):  # a virtual machine that does not say which
+        model += f" {known.get('cpu family')} {known.get('model')}"
     parts = [torch.__version__, torch.backends.cpu.get_cpu_capability(), model]
     return "-".join("".join(c if c.isalnum() or c in ".+" else "_" for c in part) for part in parts)
 

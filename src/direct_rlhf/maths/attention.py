@@ -10,8 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EAGER_SLOTS = 192  # rows up to this length: plain products beat the fused attention kernel on a CPU, above it not
+# Rows up to this length: plain products beat the fused attention kernel on a CPU, above it not. In bfloat16 the
+# backward pass of the fused kernel is several times slower.
+EAGER_SLOTS = {torch.float32: 128, torch.bfloat16: 384}
 SAME_GROUP = 2.0  # attention pads rows to at most this times their length
+
+
+def few_sizes(n: int) -> int:
+    """``n`` rounded up by at most an eighth, so that many sizes become few.
+
+    A bfloat16 product on a CPU costs half a megabyte and a millisecond for every shape that it meets: its kernel is
+    made at run time, and kept.
+    """
+    step = 1 << max(n.bit_length() - 4, 0)
+    return -(-n // step) * step
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,7 @@ class Rows:
 
     lengths: tuple[int, ...]
     device: torch.device
+    few: bool = False  # attention pads to `few_sizes`
 
     @cached_property
     def position_N(self) -> Tensor:
@@ -34,7 +47,7 @@ class Rows:
         for place in range(1, len(self.lengths) + 1):
             if place == len(self.lengths) or self.lengths[place] > SAME_GROUP * self.lengths[first]:
                 lengths = self.lengths[first:place]
-                found.append(Group(start, start + sum(lengths), lengths, self.device))
+                found.append(Group(start, start + sum(lengths), lengths, self.device, self.few))
                 start, first = start + sum(lengths), place
         return found
 
@@ -47,19 +60,26 @@ class Group:
     end: int
     lengths: tuple[int, ...]
     device: torch.device
+    few: bool = False
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Rows and slots of the padded group."""
+        size = len(self.lengths), max(self.lengths)
+        return (few_sizes(size[0]), few_sizes(size[1])) if self.few else size
 
     @cached_property
     def place_n(self) -> Tensor | None:
         """Each token's slot in the padded rows, flat; None where nothing is padded."""
-        longest = max(self.lengths)
-        if min(self.lengths) == longest:
+        rows, slots = self.size
+        if rows * slots == sum(self.lengths):
             return None
-        return torch.cat([torch.arange(n) + row * longest for row, n in enumerate(self.lengths)]).to(self.device)
+        return torch.cat([torch.arange(n) + row * slots for row, n in enumerate(self.lengths)]).to(self.device)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[B, L, heads, D] of this group, from all packed tokens; zeros in the padding."""
         part = packed[self.start : self.end]
-        shape = (len(self.lengths), max(self.lengths), *packed.shape[1:])
+        shape = (*self.size, *packed.shape[1:])
         if self.place_n is None:
             return part.view(shape)
         whole = part.new_zeros(shape[0] * shape[1], *packed.shape[1:])
@@ -89,7 +109,7 @@ def _attend_padded(
     back = torch.arange(length, device=query_BLQD.device)
     back_LL = back[:, None] - back
     visible_LL = (back_LL >= 0) & (back_LL < (window or length))
-    if query_BLQD.device.type != "cpu" or length > EAGER_SLOTS:
+    if query_BLQD.device.type != "cpu" or length > EAGER_SLOTS.get(query_BLQD.dtype, 0):
         plain = window is None or window >= length
         seen = F.scaled_dot_product_attention(
             query_BLQD.transpose(1, 2),

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from direct_rlhf.errors import ConfigError
-from direct_rlhf.maths.attention import Rows
+from direct_rlhf.maths.attention import few_sizes
 from direct_rlhf.models.packed import hidden as packed_hidden
-from direct_rlhf.models.packed import packs
+from direct_rlhf.models.packed import packs, rows_of
+from direct_rlhf.precision import makes_kernels
+from direct_rlhf.rollout.decoder import compute_dtype
 
 CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
 
@@ -54,7 +57,7 @@ def states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> States:
         row_N, column_N = mask_BL[order_B].nonzero(as_tuple=True)
         row_N = order_B[row_N]
         lengths = tuple(length for length in length_B[order_B].tolist() if length)
-        return States(packed_hidden(trunk, ids_BL[row_N, column_N], Rows(lengths, ids_BL.device)), row_N, column_N)
+        return States(packed_hidden(trunk, ids_BL[row_N, column_N], rows_of(trunk, lengths)), row_N, column_N)
     ids_BM, slot_BL = _compact(ids_BL, mask_BL)
     hidden_BMH = _run_backbone(model, ids_BM)
     row_N, column_N = mask_BL.nonzero(as_tuple=True)
@@ -118,7 +121,10 @@ def final_logits(model: nn.Module, hidden_NH: Tensor) -> Tensor:
     """Next-token logits [N, V] in float32, with the scale or soft cap that the architecture's own forward applies."""
     inner = causal_lm(model)
     head = inner.get_output_embeddings()
-    logits_NV: Tensor = head(hidden_NH.to(head.weight.dtype)).float()
+    n_rows = len(hidden_NH)
+    if makes_kernels(hidden_NH.device, compute_dtype(inner)):
+        hidden_NH = F.pad(hidden_NH, (0, 0, 0, few_sizes(n_rows) - n_rows))
+    logits_NV: Tensor = head(hidden_NH.to(head.weight.dtype))[:n_rows].float()
     config = inner.config
     if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
         logits_NV = logits_NV / scaling
@@ -135,7 +141,7 @@ def check_head(model: nn.Module) -> None:
     inner = causal_lm(model)
     ids_BL = torch.arange(3, device=next(inner.parameters()).device).unsqueeze(0)
     own_BLV = inner(input_ids=ids_BL, use_cache=False).logits.float()
-    ours_BLV = final_logits(inner, _run_backbone(inner, ids_BL))
+    ours_BLV = final_logits(inner, _run_backbone(inner, ids_BL)[0])[None]
     difference = (own_BLV - ours_BLV).abs().max().item()
     if not difference <= 1e-2 * own_BLV.abs().max().item() + 1e-6:
         raise ConfigError(

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from direct_rlhf.maths.attention import Rows, attend
-from direct_rlhf.rollout.decoder import in_family, window_of
+from direct_rlhf.maths.attention import Rows, attend, few_sizes
+from direct_rlhf.precision import makes_kernels
+from direct_rlhf.rollout.decoder import compute_dtype, in_family, window_of
 
 TRIED = (5, 3)  # lengths of the rows on which a model is tried
 
@@ -35,7 +36,7 @@ def packs(backbone: Any) -> bool:
 def _agrees(backbone: Any) -> bool:
     """On two rows at once, when the model is first used: later weights follow the same arithmetic."""
     device = backbone.device
-    rows = Rows(tuple(sorted(TRIED)), device)
+    rows = rows_of(backbone, tuple(sorted(TRIED)))
     ids_N = torch.arange(sum(TRIED), device=device) % backbone.config.vocab_size
     ours_NH = hidden(backbone, ids_N, rows)
     own = [backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split(rows.lengths)]
@@ -46,10 +47,17 @@ def _agrees(backbone: Any) -> bool:
     return bool((own_NH - ours_NH).abs().max() <= (0.1 if reduced else 1e-3) * (own_NH.abs().max() + 1e-3))
 
 
+def rows_of(model: Any, lengths: tuple[int, ...]) -> Rows:
+    """Packed rows of these lengths (shortest first), as the type that ``model`` computes in now wants them."""
+    return Rows(lengths, model.device, makes_kernels(model.device, compute_dtype(model)))
+
+
 def hidden(backbone: Any, ids_N: Tensor, rows: Rows) -> Tensor:
     """Last hidden states after the final norm [N, H] of packed rows."""
-    hidden_NH = backbone.embed_tokens(ids_N)
-    cos, sin = backbone.rotary_emb(hidden_NH, rows.position_N[None])
+    n_tokens = len(ids_N)
+    filler = few_sizes(n_tokens) - n_tokens if rows.few else 0  # tokens that attention and the caller never see
+    hidden_NH = backbone.embed_tokens(_filled(ids_N, filler))
+    cos, sin = backbone.rotary_emb(hidden_NH, _filled(rows.position_N, filler)[None])
     cos_N1D, sin_N1D = cos[0][:, None], sin[0][:, None]
     for index, layer in enumerate(backbone.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -62,10 +70,15 @@ def hidden(backbone: Any, ids_N: Tensor, rows: Rows) -> Tensor:
             query, key = norm(query, attention.q_norm), norm(key, attention.k_norm)
         query, key = rotate(query, cos_N1D, sin_N1D), rotate(key, cos_N1D, sin_N1D)
         seen = attend(query, key, value, rows, window=window_of(backbone.config, index), scale=attention.scaling)
-        hidden_NH = hidden_NH + attention.o_proj(seen.flatten(1))
+        hidden_NH = hidden_NH + attention.o_proj(_filled(seen.flatten(1), filler))
         normed = norm(hidden_NH, layer.post_attention_layernorm)
         hidden_NH = hidden_NH + mlp.down_proj(gated(mlp.gate_proj(normed), mlp.up_proj(normed)))
-    return norm(hidden_NH, backbone.norm)
+    return norm(hidden_NH, backbone.norm)[:n_tokens]
+
+
+def _filled(x: Tensor, filler: int) -> Tensor:
+    """``filler`` zeros more at the end of the first dimension."""
+    return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, filler)) if filler else x
 
 
 def norm(x: Tensor, module: Any) -> Tensor:

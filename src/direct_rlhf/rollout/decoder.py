@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from direct_rlhf.maths.attention import Rows, attend
-from direct_rlhf.precision import arithmetic
+from direct_rlhf.maths.attention import Rows, attend, few_sizes
+from direct_rlhf.precision import arithmetic, prefers_onednn
 
 FAMILY = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the length of the text
@@ -129,6 +129,7 @@ class Decoder:
         self.scale = self.head_size**-0.5
         self.refills = refills
         self._rows = _rounded(rows)
+        self._few = prefers_onednn(self.device, self.dtype)
         self._fuse = self._must_copy(inner)
         with torch.autocast(self.device.type, enabled=False):
             self.embedding = inner.model.embed_tokens.weight
@@ -151,8 +152,8 @@ class Decoder:
         # Keys lie transposed, so that the scores are a plain product.
         self.key = torch.zeros(*size, self.head_size, columns, dtype=self.dtype, device=self.device)
         self.value = torch.zeros(*size, columns, self.head_size, dtype=self.dtype, device=self.device)
-        # What is added to the scores: minus infinity on columns before a row's first token.
-        self.bias = torch.zeros(self._rows, self.n_keys, 1, columns, dtype=self.dtype, device=self.device)
+        # What is added to the scores: minus infinity on columns before a row's first token and after its last.
+        self.bias = torch.full((self._rows, self.n_keys, 1, columns), HIDDEN, dtype=self.dtype, device=self.device)
         self.position_A = torch.zeros(self._rows, dtype=torch.int64, device=self.device)  # of the next token
         self._longest = self.column = longest  # the column of the next token; a prompt fits in before it
         self.first: list[int] = []  # the column of each row's first token, of the rows in use
@@ -216,22 +217,28 @@ class Decoder:
     def _prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Their tokens packed, the shortest prompt first, as attention wants them."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        packed = Rows(tuple(len(prompts[index]) for index in order), self.device)
-        ids_N = torch.tensor([token for index in order for token in prompts[index]], device=self.device)
+        packed = Rows(tuple(len(prompts[index]) for index in order), self.device, self._few)
+        n_tokens = sum(packed.lengths)
+        # tokens that the cache, attention and the caller never see: fewer sizes of products
+        filler = few_sizes(n_tokens) - n_tokens if self._few else 0
+        ids = [token for index in order for token in prompts[index]] + [0] * filler
+        ids_N = torch.tensor(ids, device=self.device)
         row_A = torch.tensor([rows[index] for index in order], device=self.device)
         length_A = torch.tensor(packed.lengths, device=self.device)
         start_A = self.column - length_A
-        in_row = partial(torch.repeat_interleave, repeats=length_A, output_size=len(ids_N))
+        in_row = partial(torch.repeat_interleave, repeats=length_A, output_size=n_tokens)
         here = (in_row(row_A), in_row(start_A) + packed.position_N)
-        cos_N1D, sin_N1D = (table[packed.position_N][:, None] for table in (self.cos_SD, self.sin_SD))
+        position_N = F.pad(packed.position_N, (0, filler))
+        cos_N1D, sin_N1D = (table[position_N][:, None] for table in (self.cos_SD, self.sin_SD))
         hidden_NH = F.embedding(ids_N, self.embedding).to(self.residual_dtype)
         for index, layer in enumerate(self.layers):
             query, key, value = self._project(layer, hidden_NH, cos_N1D, sin_N1D)
-            self.key[index].permute(0, 3, 1, 2).index_put_(here, key)
-            self.value[index].transpose(1, 2).index_put_(here, value)
+            self.key[index].permute(0, 3, 1, 2).index_put_(here, key[:n_tokens])
+            self.value[index].transpose(1, 2).index_put_(here, value[:n_tokens])
             seen = attend(query, key, value, packed, window=layer.window, scale=self.scale)
-            hidden_NH = self._finish(layer, hidden_NH, seen)
-        hidden_AC = torch.arange(self.key.shape[-1], device=self.device) < start_A[:, None]
+            hidden_NH = self._finish(layer, hidden_NH, F.pad(seen, (0, 0, 0, 0, 0, filler)) if filler else seen)
+        column_C = torch.arange(self.key.shape[-1], device=self.device)
+        hidden_AC = (column_C < start_A[:, None]) | (column_C >= self.column)
         self.bias[row_A] = torch.zeros_like(self.bias[row_A]).masked_fill_(hidden_AC[:, None, None], HIDDEN)
         self.position_A[row_A] = length_A
         self._note(rows, [self.column - len(prompt) for prompt in prompts])
@@ -252,6 +259,7 @@ class Decoder:
     def _step(self, ids_A: Tensor) -> Tensor:
         """Rows that were added to round up give finite numbers, which nobody reads."""
         rows, end = len(ids_A), self.column + 1
+        self.bias[..., self.column] = 0.0
         position_A = self.position_A[:rows]
         cos_A1D, sin_A1D = self.cos_SD[position_A][:, None], self.sin_SD[position_A][:, None]
         hidden_AH = F.embedding(ids_A, self.embedding).to(self.residual_dtype)
@@ -267,7 +275,7 @@ class Decoder:
             begin = earliest // ROUND * ROUND
             if layer.window is not None:
                 begin = max(begin, end - layer.window)
-            seen = slice(begin, end)
+            seen = slice(begin, min(_rounded(end), self.key.shape[-1]) if self._few else end)
             score_aGC = torch.baddbmm(bias_a1C[:, :, seen], query.reshape(size), key_aDC[:, :, seen], alpha=self.scale)
             hidden_AH = self._finish(layer, hidden_AH, torch.bmm(score_aGC.softmax(-1), value_aCD[:, seen]))
         return self._logits(hidden_AH)
@@ -305,7 +313,7 @@ class Decoder:
         kept = self.column - gone
         for whole, dim in ((self.key, -1), (self.value, -2), (self.bias, -1)):
             whole.narrow(dim, 0, kept).copy_(whole.narrow(dim, gone, kept).clone())
-        self.bias.narrow(-1, kept, gone).zero_()
+        self.bias.narrow(-1, kept, gone).fill_(HIDDEN)
         self.first = [first - gone for first in self.first]
         self.column = kept
 
@@ -358,12 +366,12 @@ def _linear(weight: Tensor, bias: Tensor | None, rows: int, *, fuse: bool) -> Ca
         return lambda x: F.linear(x, weight, bias)
     # These operators are what torch.compile itself puts in for frozen weights; a build may lack them.
     mkl, onednn = torch.ops.mkl, torch.ops.mkldnn
+    if prefers_onednn("cpu", weight.dtype) and hasattr(onednn, "_linear_pointwise"):
+        laid_out = onednn._reorder_linear_weight(weight, rows)
+        return lambda x: onednn._linear_pointwise(x, laid_out, bias, "none", [], "")
     if weight.dtype is torch.float32 and torch.backends.mkl.is_available() and hasattr(mkl, "_mkl_linear"):
         laid_out = mkl._mkl_reorder_linear_weight(weight, rows)
         return lambda x: mkl._mkl_linear(x, laid_out, weight, bias, rows)  # any other number of rows: as F.linear
-    if weight.dtype is torch.bfloat16 and torch.backends.mkldnn.is_available() and hasattr(onednn, "_linear_pointwise"):
-        laid_out = onednn._reorder_linear_weight(weight, rows)
-        return lambda x: onednn._linear_pointwise(x, laid_out, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
 
 
