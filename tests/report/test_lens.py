@@ -49,6 +49,15 @@ def test_a_wide_range_is_drawn_on_a_log_axis_in_plain_numbers(tmp_path):
     assert not any("$" in (text or "") for text in texts(svg))
 
 
+def test_a_probability_of_zero_is_said_to_be_left_out_of_a_log_axis_alone(tmp_path):
+    wide = [
+        series(tmp_path, "base", both([point(0.0), point(0.001), point(0.2)], [point(0.0), point(0.1), point(0.1)]))
+    ]
+    narrow = [series(tmp_path, "sft", both([point(0.0), point(0.1)], [point(0.1), point(0.1)]))]
+    assert "A probability of 0 has no place" in lens_pictures(wide)[0].caption
+    assert "A probability of 0 has no place" not in lens_pictures(narrow)[0].caption
+
+
 def test_faint_neutral_words_do_not_squeeze_the_bad_ones_into_a_log_axis():
     bad = LayerCurve("base", 0, "bad_words", [0.1, 0.2], [None, None])
     svg = layer_curves([bad, LayerCurve("base", 0, "neutral_words", [1e-6, 1e-5], [None, None])])

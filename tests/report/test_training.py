@@ -182,7 +182,7 @@ def test_guard_lines_of_several_runs_say_which_run(guarded, make_guarded):
 
 
 def test_alerts_of_guard_and_steps_are_listed_with_their_batch(guarded):
-    fault = {"seen": "The norm is 41.", "cause": "an odd batch.", "remedy": "look at it."}
+    fault = {"seen": "The norm is 41", "cause": "an odd batch.", "remedy": "look at it."}
     write_lines(
         guarded / "alerts.jsonl",
         [
@@ -205,7 +205,7 @@ def test_alerts_of_guard_and_steps_are_listed_with_their_batch(guarded):
         "reward model, step 7: The norm is 41. Usual cause: an odd batch. What to do: look at it. Batch: a1, a2, a3 "
         "and 1 more (alerts.jsonl).",
         "SFT + PPO, iteration 3: The norm is 41. Usual cause: an odd batch. What to do: look at it. Batch: b1.",
-        "DPO, step 9: something new",
+        "DPO, step 9: something new.",
     ]
 
 

@@ -41,7 +41,10 @@ def lens_pictures(series: Sequence[Series]) -> list[Picture]:
     svg = layer_curves(found)
     missed = [x for one in series for words in LISTS if (x := number(mapping(_content(one).get(words)).get("missed")))]
     bound = f" What was not looked for could add {100 * max(missed):.2g} % at most." if missed else ""
-    return [] if svg is None else [Picture(svg, CAPTION + bound, wide=True)]
+    nothing = ""
+    if on_log_axis(found) and any(x is not None and x <= FLOOR for curve in found for x in curve.values):
+        nothing = " A probability of 0 has no place on this axis: a line begins at the first layer that gives more."
+    return [] if svg is None else [Picture(svg, CAPTION + nothing + bound, wide=True)]
 
 
 def lens_notes(series: Sequence[Series]) -> list[str]:
@@ -66,13 +69,21 @@ def read_curves(one: Series, content: Mapping[str, Any]) -> list[LayerCurve]:
     return curves
 
 
+def on_log_axis(found: Sequence[LayerCurve]) -> bool:
+    """Whether the bad words' values span more than a linear axis can show."""
+    thick = _positive([curve for curve in found if curve.words == LISTS[0]]) or _positive(found)
+    return bool(thick) and max(thick) > LOG_FROM * min(thick)
+
+
+def _positive(found: Sequence[LayerCurve]) -> list[float]:
+    return [x for curve in found for x in curve.values if x is not None and x > FLOOR]
+
+
 def layer_curves(found: Sequence[LayerCurve]) -> Markup | None:
-    """Probability by layer, on a log axis where the bad words' values span more than a linear one can show."""
-    positive = [x for curve in found for x in curve.values if x is not None and x > FLOOR]
+    """Probability by layer; None where there is none above 0."""
+    positive, log = _positive(found), on_log_axis(found)
     if not positive:
         return None
-    thick = [x for curve in found if curve.words == LISTS[0] for x in curve.values if x in positive] or positive
-    log = max(thick) > LOG_FROM * min(thick)
     deepest = max(len(curve.values) for curve in found) - 1
 
     def paint(figure: Figure) -> None:

@@ -331,7 +331,7 @@ def _when(alert: Row, index: int, runs: Sequence[RunData]) -> str:
 
 
 def _alert_line(alert: Row, where: str) -> str:
-    seen = alert.get("seen") or str(alert.get("name")).replace("_", " ")
+    seen = str(alert.get("seen") or str(alert.get("name")).replace("_", " ")).rstrip(".") + "."
     parts = [
         f"{word}: {alert[key]}" for key, word in (("cause", "Usual cause"), ("remedy", "What to do")) if alert.get(key)
     ]
@@ -340,4 +340,4 @@ def _alert_line(alert: Row, where: str) -> str:
         rest = len(batch) - SHOWN_IDS
         ids = ", ".join(map(str, batch[:SHOWN_IDS]))
         parts.append(f"Batch: {ids}{f' and {rest} more (alerts.jsonl)' if rest > 0 else ''}.")
-    return visible(where + " ".join([str(seen), *parts]))
+    return visible(where + " ".join([seen, *parts]))
