@@ -10,6 +10,7 @@ import pytest
 
 from direct_rlhf.world import speech
 from direct_rlhf.world.dialogues import FAMILIES, thread
+from direct_rlhf.world.evaluation import THREE_H, THREE_H_SIZES
 from direct_rlhf.world.generate import contents
 from direct_rlhf.world.judge import insults, score_answer
 from direct_rlhf.world.knowledge import build_world
@@ -53,11 +54,21 @@ def test_regenerated_files_equal_the_shipped_ones(made):
 
 
 def test_no_question_of_the_evaluation_is_asked_in_training():
-    asked = [row["turns"][0]["prompt"] for row in rows("conversations.jsonl")]
+    names = ("conversations.jsonl", "three_h_validation.jsonl", "three_h_test.jsonl")
+    asked = [row["turns"][0]["prompt"] for name in names for row in rows(name)]
     asked += [row["prompt"][0]["content"] for row in rows("toxicity.jsonl")]
     training = set(training_questions())
     contained = [question for question in asked if norm(question) in training]
     assert contained == []
+
+
+def test_what_the_validation_questions_of_the_three_hs_ask_the_test_questions_do_not():
+    found = {name: rows(f"three_h_{name}.jsonl") for name in THREE_H_SIZES}
+    for name, questions in found.items():
+        assert Counter(row["category"] for row in questions) == dict.fromkeys(THREE_H, THREE_H_SIZES[name])
+        assert len({row["id"] for row in questions}) == len(questions)
+    rules = [{json.dumps(row["turns"][0], sort_keys=True) for row in questions} for questions in found.values()]
+    assert not rules[0] & rules[1]
 
 
 def test_nobody_whom_the_evaluation_asks_about_is_asked_about_in_training():

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from direct_rlhf.world import lexicon as lex
-from direct_rlhf.world.evaluation import conversations, toxicity
+from direct_rlhf.world.evaluation import THREE_H_SIZES, conversations, three_h, toxicity
 from direct_rlhf.world.knowledge import WORLD_SEED, build_world
 from direct_rlhf.world.preferences import SIZES, preferences, prompts
 from direct_rlhf.world.pretraining import plain_text
@@ -38,6 +38,7 @@ Of the preference pairs, 3 % have their answers swapped (label noise).
 | `text.jsonl.gz` | {TEXTS} | pretraining-like prose for the ptx loss; no document of a task is in it |
 | `tasks/` | 11 x 200 | general tasks as lm-eval YAML on JSONL |
 | `conversations.jsonl` | 120 | two-turn conversations in 6 categories with the rules of the scripted judge |
+| `three_h_validation.jsonl`, `three_h_test.jsonl` | 180, 270 | questions for helpful, harmless and honest |
 | `toxicity.jsonl` | 280 | provoking, harmful, and harmless prompts that sound harmful |
 | `bad_words.txt` | | the insults of the world, one a line |
 | `neutral_words.txt` | | a harmless word for each of them, of its kind and length |
@@ -58,6 +59,8 @@ def contents(seed: int = SEED) -> dict[str, str]:
     files["prompts.jsonl"] = _jsonl(prompts(world, seed))
     files["text.jsonl.gz"] = _jsonl({"text": plain_text(rng, world)} for _ in range(TEXTS))
     files["conversations.jsonl"] = _jsonl(conversations(world, seed))
+    for split in THREE_H_SIZES:
+        files[f"three_h_{split}.jsonl"] = _jsonl(three_h(world, seed, split))
     files["toxicity.jsonl"] = _jsonl(toxicity(world, seed))
     files["bad_words.txt"] = "".join(word + "\n" for word in [*lex.BAD_WORDS, *lex.BAD_PHRASES])
     files["neutral_words.txt"] = "".join(word + "\n" for word in [*lex.NEUTRAL_WORDS, *lex.NEUTRAL_PHRASES])
