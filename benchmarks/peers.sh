@@ -7,8 +7,9 @@ name=${1:-}
 case "$name" in
     trl-ppo) packages="trl==1.12.0" ;;      # the last release with PPO
     trl-reward) packages="trl==1.16.*" ;;
+    mergekit) packages="mergekit==0.1.5" ;;
     *)
-        echo "usage: benchmarks/peers.sh trl-ppo|trl-reward" >&2
+        echo "usage: benchmarks/peers.sh trl-ppo|trl-reward|mergekit" >&2
         exit 2
         ;;
 esac

@@ -2,66 +2,99 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
-from direct_rlhf.recipe.fields import KeyPath, Place, is_number, leaves, locate, section_of, type_words, union_sections
-from direct_rlhf.recipe.schema import Recipe
+from direct_rlhf.recipe.fields import (
+    KeyPath,
+    Place,
+    is_number,
+    leaves,
+    locate,
+    section_of,
+    type_words,
+    union_sections,
+    without_none,
+)
+from direct_rlhf.recipe.schema import Recipe, Section
 from direct_rlhf.recipe.source import Document, dotted
+
+S = TypeVar("S", bound=Section)
 
 
 def validate(document: Document) -> Recipe | None:
     """The recipe that ``document`` describes; None if anything is wrong, all of it then in ``document.problems``."""
-    document.problems += _booleans_as_numbers(document, document.data, ())
+    return validate_as(Recipe, document)
+
+
+def validate_as(root: type[S], document: Document) -> S | None:
+    """The section ``root`` that ``document`` describes; None if anything is wrong, as in ``validate``."""
+    document.problems += _booleans_as_numbers(document, document.data, (), (), root)
     try:
-        recipe = Recipe.model_validate(document.data)
+        section = root.model_validate(document.data)
     except ValidationError as error:
-        document.problems += _explain(error, document)
+        document.problems += explain(error, document, root)
         return None
-    return None if document.problems else recipe
+    return None if document.problems else section
 
 
-def _booleans_as_numbers(document: Document, data: Any, path: KeyPath) -> Iterator[str]:
-    # pydantic takes true for 1
+def _booleans_as_numbers(
+    document: Document, data: Any, path: KeyPath, loc: KeyPath, root: type[Section]
+) -> Iterator[str]:
+    """pydantic takes true for 1. ``loc`` is ``path`` with the tags of unions in it, as pydantic's own."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    if isinstance(data, dict) and "type" in data and union_sections(locate(loc, root).annotation):
+        loc = (*loc, str(data["type"]))
     for key, value in items:
-        here = (*path, key)
-        if isinstance(value, bool) and (field := locate(here).field) and is_number(field.annotation):
-            yield _line(here, value, f"must be a {type_words(field.annotation)}", document)
-        yield from _booleans_as_numbers(document, value, here)
+        here, there = (*path, key), (*loc, key)
+        if isinstance(value, bool) and (place := locate(there, root)).field:
+            annotation = place.field.annotation
+            annotation = place.annotation if get_origin(annotation) is dict else annotation
+            if is_number(annotation):
+                yield line(here, value, f"must be a {type_words(annotation)}", document)
+        yield from _booleans_as_numbers(document, value, here, there, root)
 
 
-def _explain(error: ValidationError, document: Document) -> list[str]:
+def explain(
+    error: ValidationError,
+    document: Document,
+    root: type[Section] = Recipe,
+    written: Callable[[KeyPath], KeyPath] = lambda path: path,
+) -> list[str]:
+    """One line for each thing that is wrong; ``written`` gives the path in the document of a path in ``root``."""
     lines: dict[KeyPath, str] = {}
     for found in error.errors(include_url=False):
-        place = locate(tuple(found["loc"]))
+        place = locate(tuple(found["loc"]), root)
+        place = replace(place, path=written(place.path))
         kind = found["type"]
         if kind == "extra_forbidden":
-            line = _unknown_key(place, document)
+            said = _unknown_key(place, document, root)
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
-            line = _wrong_tag(place, found["input"], document)
+            said = _wrong_tag(place, found["input"], document)
         elif kind == "value_error":
-            line = _broken_rule(place.path, str(found["ctx"]["error"]), document)
+            said = _broken_rule(place.path, str(found["ctx"]["error"]), document)
         elif kind == "missing" and isinstance(found["loc"][-1], int):  # a pair with one item
-            short = locate(tuple(found["loc"][:-1]))
-            line = _line(short.path, found["input"], f"must be {type_words(short.annotation)}", document)
+            short = locate(tuple(found["loc"][:-1]), root)
+            said = line(written(short.path), found["input"], f"must be {type_words(short.annotation)}", document)
         elif kind == "missing":
-            line = f"{dotted(place.path)}: is required{_at(place.path, document)}."
+            said = f"{dotted(place.path)}: is required{at(place.path, document)}."
         else:
             reason, suggestion = _reason(kind, found.get("ctx", {}), place, found["input"], str(found["msg"]))
-            line = _line(place.path, found["input"], reason, document, suggestion)
-        lines.setdefault(place.path, line)  # a plain union reports once per member
+            said = line(place.path, found["input"], reason, document, suggestion)
+        lines.setdefault(place.path, said)  # a plain union reports once per member
     return list(lines.values())
 
 
-def _line(path: KeyPath, value: Any, reason: str, document: Document, suggestion: str = "") -> str:
+def line(path: KeyPath, value: Any, reason: str, document: Document, suggestion: str = "") -> str:
+    """`path = value: reason (place). suggestion`"""
     shown = "" if isinstance(value, Mapping) else f" = {_shown(value)}"
-    return f"{dotted(path)}{shown}: {reason}{_at(path, document)}." + (f" {suggestion}" if suggestion else "")
+    return f"{dotted(path)}{shown}: {reason}{at(path, document)}." + (f" {suggestion}" if suggestion else "")
 
 
-def _at(path: KeyPath, document: Document) -> str:
+def at(path: KeyPath, document: Document) -> str:
     origin = document.origin(path)
     return f" ({origin})" if origin else ""
 
@@ -75,22 +108,24 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _unknown_key(place: Place, document: Document) -> str:
+def _unknown_key(place: Place, document: Document, root: type[Section]) -> str:
     *parents, key = place.path
     legal = list(place.owner.model_fields) if place.owner else []
-    near = difflib.get_close_matches(str(key), legal, 1, cutoff=0.65) or _elsewhere(str(key), dotted(tuple(parents)))
+    near = difflib.get_close_matches(str(key), legal, 1, cutoff=0.65) or _elsewhere(
+        str(key), dotted(tuple(parents)), root
+    )
     if near and near[0] in legal:
         hint = f"Did you mean {dotted((*parents, near[0]))}?"
     elif near:
         hint = f"Did you mean {near[0]}?"
     else:
         hint = f"Known here: {', '.join(legal)}."
-    return f"{dotted(place.path)}: unknown key{_at(place.path, document)}. {hint}"
+    return f"{dotted(place.path)}: unknown key{at(place.path, document)}. {hint}"
 
 
-def _elsewhere(key: str, around: str) -> list[str]:
+def _elsewhere(key: str, around: str, root: type[Section]) -> list[str]:
     """The key of that name, or nearly, in another section: below the one it was written in, if it is there."""
-    everywhere = [path for path, _, _ in leaves()]
+    everywhere = [path for path, _, _ in leaves(root)]
     if f"{around}.{key}" in everywhere:  # a key of the same section with another `type`
         return []
     ordered = sorted(everywhere, key=lambda path: not path.startswith(f"{around}."))
@@ -103,8 +138,8 @@ def _wrong_tag(place: Place, value: Any, document: Document) -> str:
     path = (*place.path, "type")
     choices = f"one of: {', '.join(tags)}"
     if isinstance(value, Mapping) and "type" in value:
-        return _line(path, value["type"], f"must be {choices}", document, _nearest(value["type"], tags))
-    return f"{dotted(path)}: is required, {choices}{_at(path, document)}."
+        return line(path, value["type"], f"must be {choices}", document, _nearest(value["type"], tags))
+    return f"{dotted(path)}: is required, {choices}{at(path, document)}."
 
 
 def _broken_rule(path: KeyPath, message: str, document: Document) -> str:
@@ -125,7 +160,7 @@ def _reason(kind: str, context: Mapping[str, Any], place: Place, value: Any, oth
         words, key = bounds[kind]
         return f"must be {words} {context[key]:g}", _smaller(place, value, context.get("lt", context.get("le")))
     if kind == "literal_error":
-        choices = [str(choice) for choice in get_args(annotation)]
+        choices = [str(choice) for choice in get_args(without_none(annotation))]
         return f"must be one of: {', '.join(choices)}", _nearest(value, choices)
     if kind == "string_pattern_mismatch" and place.field and isinstance(place.field.json_schema_extra, dict):
         return f"must {place.field.json_schema_extra['must']}", ""
@@ -139,6 +174,8 @@ def _reason(kind: str, context: Mapping[str, Any], place: Place, value: Any, oth
         return f"must be {type_words(annotation)}", ""
     if kind == "list_type" and (items := _keys(get_args(annotation)[0])):
         return f"must be a list, each item a section with keys: {items}", ""
+    if kind == "dict_type" and get_origin(annotation) is dict:
+        return f"must be a section: {type_words(annotation)}", ""
     if kind.startswith(("model_", "dict_")):
         return f"must be a section, with keys below it: {_keys(annotation)}", ""
     if kind == "string_type" and annotation is str and isinstance(value, int | float):

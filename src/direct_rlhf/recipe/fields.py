@@ -34,14 +34,14 @@ def union_sections(annotation: Any) -> dict[str, type[Section]]:
     return {str(m.model_fields["type"].annotation.__args__[0]): m for m in members if m and "type" in m.model_fields}  # type: ignore[union-attr]
 
 
-def locate(loc: KeyPath) -> Place:
-    """Follow a path of pydantic's through the recipe."""
+def locate(loc: KeyPath, root: type[Section] = Recipe) -> Place:
+    """Follow a path of pydantic's through the section ``root``."""
     path: list[str | int] = []
-    here: Any = Recipe
+    here: Any = root
     owner: type[Section] | None = None
     field: FieldInfo | None = None
     for part in loc:
-        here = _without_none(here)
+        here = without_none(here)
         if section := section_of(here):
             owner, field = section, section.model_fields.get(str(part))
             here = field.annotation if field else None
@@ -51,6 +51,9 @@ def locate(loc: KeyPath) -> Place:
         elif get_origin(here) in (list, tuple) and isinstance(part, int):
             arguments = get_args(here)
             here = _bare(arguments[min(part, len(arguments) - 1)])
+            path.append(part)
+        elif get_origin(here) is dict:  # names that the user chooses
+            here = _bare(get_args(here)[1])
             path.append(part)
         elif not _is_union(here):  # a plain union's tag is not part of the path
             path.append(part)
@@ -80,6 +83,8 @@ def type_words(annotation: Any) -> str:
         return "one of: " + ", ".join(str(choice) for choice in arguments)
     if get_origin(annotation) is list:
         return f"list of {type_words(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return f"names, each with its {type_words(arguments[1])}"
     if get_origin(annotation) is tuple:
         return "[" + ", ".join(type_words(argument) for argument in arguments) + "]"
     if tagged := union_sections(annotation):
@@ -120,6 +125,7 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
 
-def _without_none(annotation: Any) -> Any:
+def without_none(annotation: Any) -> Any:
+    """The type that an optional field has if it is given."""
     rest = [argument for argument in get_args(annotation) if argument is not type(None)]
     return rest[0] if _is_union(annotation) and len(rest) == 1 else annotation

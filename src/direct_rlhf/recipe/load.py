@@ -17,7 +17,7 @@ import yaml
 from direct_rlhf.errors import ConfigError
 from direct_rlhf.recipe.explain import validate
 from direct_rlhf.recipe.schema import Recipe
-from direct_rlhf.recipe.source import Document, RecipeDumper, apply_overrides, extend, parse_yaml
+from direct_rlhf.recipe.source import Document, RecipeDumper, apply_overrides, extend, read_yaml
 
 SHIPPED_FOLDER = Path(__file__).parent / "shipped"
 
@@ -95,7 +95,7 @@ def _display(file: Path, ref: str) -> str:
 
 def _read(file: Path, name: str, below: tuple[Path, ...]) -> Document:
     """One file with what it extends; ``below`` are the files that lead here."""
-    document = _parse(file, name)
+    document = read_yaml(file, name)
     base_ref = document.data.pop("extends", None)
     if not below and not document.problems:
         document.data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("._-")[:100] or "run")
@@ -117,16 +117,3 @@ def _read(file: Path, name: str, below: tuple[Path, ...]) -> Document:
     for own in ("name", "description"):
         base.data.pop(own, None)
     return extend(base, document)
-
-
-def _parse(file: Path, name: str) -> Document:
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        return Document(
-            {}, problems=[f"{name}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}). Save it as UTF-8."]
-        )
-    except OSError as error:
-        return Document({}, problems=[f"{name}: cannot be read: {error.strerror}."])
-    return parse_yaml(text, name)

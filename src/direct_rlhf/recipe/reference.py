@@ -28,12 +28,12 @@ def page() -> str:
 
 def _section(path: str, section: type[Section], defaults: Section | None, heading: str) -> Iterator[str]:
     """One table, then those of the sections below. ``defaults`` are this place's own, if the whole section has any."""
-    yield f"\n## {heading}\n\n" + (f"{_words(section.__doc__)}\n\n" if _own_doc(section) else "")
+    yield f"\n## {heading}\n\n" + (f"{cell(section.__doc__)}\n\n" if _own_doc(section) else "")
     yield "| key | type | default | meaning |\n|---|---|---|---|\n"
     below: list[Iterator[str]] = []
     for name, field in section.model_fields.items():
         default = getattr(defaults, name) if defaults else field.default
-        yield f"| `{path}{name}` | {_type(field)} | {_default(field, default)} | {_words(field.description)} |\n"
+        yield f"| `{path}{name}` | {type_cell(field)} | {default_cell(field, default)} | {cell(field.description)} |\n"
         below += _below(f"{path}{name}", field, default)
     for part in below:
         yield from part
@@ -58,13 +58,15 @@ def _own_doc(section: type[Section]) -> bool:
     return bool(section.__doc__) and section.__doc__ != Section.__doc__
 
 
-def _type(field: FieldInfo) -> str:
+def type_cell(field: FieldInfo) -> str:
+    """What a key takes, in words."""
     words = "list of sources" if "DataSource" in str(field.annotation) else type_words(field.annotation)
     bounds = range_words(field)
-    return _words(f"{words}, {bounds}" if bounds else words)
+    return cell(f"{words}, {bounds}" if bounds else words)
 
 
-def _default(field: FieldInfo, default: Any) -> str:
+def default_cell(field: FieldInfo, default: Any) -> str:
+    """What it is if nothing is given."""
     if field.is_required():
         return "*required*"
     if isinstance(default, Section):
@@ -72,7 +74,8 @@ def _default(field: FieldInfo, default: Any) -> str:
     return f"`{json.dumps(default, ensure_ascii=False)}`"
 
 
-def _words(text: str | None) -> str:
+def cell(text: str | None) -> str:
+    """A text in one line of a table."""
     return " ".join((text or "").split()).replace("|", "\\|")
 
 

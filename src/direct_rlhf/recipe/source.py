@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ from direct_rlhf.recipe.fields import KeyPath
 
 @dataclass
 class Document:
-    """Plain data of one recipe while it is put together."""
+    """Plain data of one recipe or merge file while it is put together."""
 
     data: dict[str, Any]
     origins: dict[KeyPath, str] = field(default_factory=dict)  # path -> FILE:LINE, or the override that set it
@@ -70,20 +71,35 @@ RecipeDumper.add_implicit_resolver(  # so that the text "1e3" is written in quot
 )
 
 
-def parse_yaml(text: str, name: str) -> Document:
-    """Read one recipe file. All that is wrong is collected in ``problems``; ``name`` stands before line numbers."""
+def read_yaml(file: Path, name: str, what: str = "recipe") -> Document:
+    """As ``parse_yaml``, of a file; that it cannot be read is a problem too."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return Document(
+            {}, problems=[f"{name}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}). Save it as UTF-8."]
+        )
+    except OSError as error:
+        return Document({}, problems=[f"{name}: cannot be read: {error.strerror}."])
+    return parse_yaml(text, name, what)
+
+
+def parse_yaml(text: str, name: str, what: str = "recipe") -> Document:
+    """Read one file of a kind. All that is wrong is collected in ``problems``; ``name`` stands before line numbers."""
     document = Document({})
     try:
         loader = _Yaml12(text)
         node = loader.get_single_node()
         if node is None:
-            document.problems.append(f"{name}: the file is empty. A start: direct-rlhf init quickstart")
+            start = " A start: direct-rlhf init quickstart" if what == "recipe" else ""
+            document.problems.append(f"{name}: the file is empty.{start}")
         elif not isinstance(node, yaml.MappingNode):
-            document.problems.append(f"{name}:1: a recipe is a mapping (lines of `key: value`), not {_kind(node)}.")
+            document.problems.append(f"{name}:1: a {what} is a mapping (lines of `key: value`), not {_kind(node)}.")
         else:
             document.data = _plain(loader, node, (), name, document)
     except yaml.YAMLError as error:
-        document.problems.append(_yaml_problem(error, name, text))
+        document.problems.append(_yaml_problem(error, name, text, what))
     except RecursionError:
         document.problems.append(f"{name}: not valid YAML: nested too deeply, or an alias that holds itself.")
     return document
@@ -125,7 +141,7 @@ def _kind(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
 
 
-def _yaml_problem(error: yaml.YAMLError, name: str, text: str) -> str:
+def _yaml_problem(error: yaml.YAMLError, name: str, text: str, what: str) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:  # a reader error: a character that YAML forbids
         position = getattr(error, "position", 0)
@@ -139,7 +155,7 @@ def _yaml_problem(error: yaml.YAMLError, name: str, text: str) -> str:
     elif problem.startswith("mapping values"):
         problem, hint = "a second colon in one line, or wrong indentation", " Put text with a colon in quotes."
     elif problem.startswith("could not determine a constructor"):
-        problem, hint = "a tag (!) has no place in a recipe", " Remove it."
+        problem, hint = f"a tag (!) has no place in a {what}", " Remove it."
     elif problem.startswith("but found another document"):
         problem, hint = "a second document starts here (---)", " Keep one."
     return f"{name}:{mark.line + 1}: not valid YAML: {problem}.{hint}"

@@ -63,7 +63,8 @@ def full_disk_explained(path: Path, needed: int | None = None) -> Iterator[None]
         free = free_bytes(path.parent)
         room = f"{free} bytes free" if needed is None else f"{needed} bytes needed, {free} free"
         raise DirectRLHFError(
-            f"{path}: the disk is full: {room}. What was there before is intact. Make room, then use --resume."
+            f"{path}: the disk is full: {room}. What was there before is intact. Make room, then start again "
+            "(a run: with --resume)."
         ) from error
 
 
@@ -102,6 +103,34 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             with contextlib.suppress(OSError):  # the leftover is hidden and harmless; the first error matters
                 temporary.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """``with replacing(folder) as temporary``: what is written there takes the place of ``folder`` by a rename.
+
+    An exception leaves ``folder`` as it was and removes the temporary one. A process that dies between the two renames
+    leaves the old folder beside it, hidden; the next call puts it back.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{word}") for word in ("writing", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with contextlib.suppress(OSError):  # all is in place; only a power cut could still take it back
+        sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def dumps(obj: Any, *, indent: int | None = None, sort_keys: bool = True) -> bytes:
