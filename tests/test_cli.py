@@ -307,10 +307,13 @@ def test_init_lists_the_shipped_recipes(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["init", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "hh-small",
+        "llama-3-8b-lora",
         "mistral-7b-full",
         "mistral-7b-lora",
         "quickstart",
+        "qwen-2.5-7b-lora",
         "standard",
+        "world-3h",
         "world-study",
     ]
 

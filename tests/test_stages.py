@@ -136,7 +136,8 @@ def test_a_signal_leaves_a_run_that_says_it_can_be_resumed(hh_folder, tmp_path, 
 def test_only_one_stage_can_be_asked_for_and_a_wrong_one_names_the_choices(hh_folder, tmp_path):
     base = toy_folder(tmp_path / "base")
     with pytest.raises(
-        ConfigError, match="--only pppo: no such stage; choose one of reward_model, fitness, cost_model"
+        ConfigError,
+        match="--only pppo: no such stage; choose one of objectives, mixture, reward_model, fitness, cost_model",
     ):
         run(hh_folder, base, tmp_path / "runs", only="pppo")
     with pytest.raises(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from direct_rlhf.errors import ConfigError, DataError, DirectRLHFError
 from direct_rlhf.recipe.load import LoadedRecipe
-from direct_rlhf.recipe.needs import missing_inputs
+from direct_rlhf.recipe.needs import idle_processes, missing_inputs, missing_libraries, require_processes
 from direct_rlhf.recipe.references import HubReference, resolve_model, resolve_reference, resolve_test_data
-from direct_rlhf.recipe.schema import DataSource, HttpReward, ModelReward, PythonReward
+from direct_rlhf.recipe.schema import DataSource, HttpReward, ModelReward, PythonReward, ScoredMixture
 
 
 @dataclass
@@ -37,16 +37,19 @@ class Findings:
         raise kind("\n".join(dict.fromkeys(str(problem) for problem in self.problems)))
 
 
-def check(loaded: LoadedRecipe, *, rows: int = 200) -> Findings:
+def check(loaded: LoadedRecipe, *, rows: int = 200, processes: int = 1) -> Findings:
     """Look at everything the recipe names: model folder, tokenizer, sources, evaluation files, extras.
 
-    ``rows`` is how many rows of each source are read. A hub id in the recipe is the only reason for a connection.
+    ``rows`` is how many rows of each source are read; ``processes`` how many the run will be. A hub id in the recipe is
+    the only reason for a connection.
     """
     findings = Findings()
     recipe, folder = loaded.recipe, loaded.folder
     findings.look("recipe", lambda: f"{recipe.name}, sha256 {loaded.sha256[:12]}")
     findings.look("arms", lambda: ", ".join(recipe.arms))
-    findings.problems += [ConfigError(problem) for problem in missing_inputs(recipe)]
+    findings.problems += [ConfigError(problem) for problem in [*missing_inputs(recipe), *missing_libraries(recipe)]]
+    if processes > 1:
+        findings.look("processes", lambda: _processes(loaded, processes))
     findings.look("model", lambda: _model(recipe.model.base, recipe.model.revision, folder))
     findings.look("tokenizer", lambda: _tokenizer(loaded))
     before = len(findings.problems)
@@ -59,7 +62,11 @@ def check(loaded: LoadedRecipe, *, rows: int = 200) -> Findings:
             findings.look(what, lambda source=source: _source(loaded, source))  # type: ignore[misc]
     if len(findings.problems) == before:
         _sniff(findings, loaded, rows)
+    if recipe.data.mixture.type != "none" and recipe.data.preferences and len(findings.problems) == before:
+        _mixture(findings, loaded)
     findings.look("reward", lambda: _reward(loaded))
+    if recipe.rollout.engine == "vllm":
+        findings.look("rollouts", lambda: _rollouts(loaded))
     data = recipe.evaluation.data
     for suite in recipe.evaluation.suites:
         for file in _suite_files(loaded, suite):
@@ -67,6 +74,18 @@ def check(loaded: LoadedRecipe, *, rows: int = 200) -> Findings:
     if recipe.logging.adapters:
         findings.look("logging", lambda: _adapters(recipe.logging.adapters))
     return findings
+
+
+def _processes(loaded: LoadedRecipe, processes: int) -> str:
+    recipe = loaded.recipe
+    require_processes(recipe, processes)
+    shared = recipe.parallel.shard_size or processes
+    lie = f"{processes} that share one copy of a trained model"
+    if shared < processes:
+        lie = f"{processes}, with {processes // shared} copies of a trained model" + (
+            f", each shared by {shared}" if shared > 1 else ""
+        )
+    return "; ".join([lie, *idle_processes(recipe, processes)])
 
 
 def _model(ref: str, revision: str | None, folder: Path) -> str:
@@ -125,16 +144,45 @@ def _sniff(findings: Findings, loaded: LoadedRecipe, rows: int) -> None:
     )
 
 
+def _mixture(findings: Findings, loaded: LoadedRecipe) -> None:
+    """The mixture over all rows of the local sources: whether their kinds and sizes allow it."""
+    from direct_rlhf.data.mixture import outlook
+
+    section, data = loaded.recipe.data.mixture, loaded.recipe.data
+    if isinstance(section, ScoredMixture):
+        for kind, ref in section.models.items():
+            key = f"data.mixture.models.{kind}"
+            findings.look(f"model of {kind}", lambda key=key, ref=ref: _reward_model(loaded, ref, key))  # type: ignore[misc]
+    if any(source.path.startswith("hf:") for source in data.preferences):
+        findings.rows.append(
+            ("mixture", f"{section.type}; data on the hub are not read here, so their kinds are not known")
+        )
+        return
+
+    def look() -> str:
+        from direct_rlhf.data.load import load_preferences
+
+        recipe = loaded.recipe
+        found = load_preferences(data, folder=loaded.folder, seed=recipe.seed, dialogue=recipe.dialogue)
+        return outlook(section, found.train, found.held_out)
+
+    findings.look("mixture", look)
+
+
+def _reward_model(loaded: LoadedRecipe, ref: str, key: str) -> str:
+    place = resolve_reference(ref, loaded.folder)
+    if not (isinstance(place, Path) and (place / "reward.json").is_file()):
+        raise ConfigError(
+            f"{key} = {ref}: no reward model here (reward.json is missing). "
+            "Make one with: direct-rlhf reward train RECIPE"
+        )
+    return f"the reward model in {place}"
+
+
 def _reward(loaded: LoadedRecipe) -> str:
     reward = loaded.recipe.ppo.reward
     if isinstance(reward, ModelReward):
-        place = resolve_reference(reward.path, loaded.folder)
-        if not (isinstance(place, Path) and (place / "reward.json").is_file()):
-            raise ConfigError(
-                f"ppo.reward.path = {reward.path}: no reward model here (reward.json is missing). "
-                "Make one with: direct-rlhf reward train RECIPE"
-            )
-        return f"the reward model in {place}"
+        return _reward_model(loaded, reward.path, "ppo.reward.path")
     if isinstance(reward, PythonReward):
         module = reward.target.partition(":")[0]
         places = [str(loaded.folder.resolve()), *sys.path]  # found, not imported: it may import anything
@@ -147,6 +195,11 @@ def _reward(loaded: LoadedRecipe) -> str:
     if isinstance(reward, HttpReward):
         return f"server: {reward.url} (not called here)"
     return "trained by this recipe"
+
+
+def _rollouts(loaded: LoadedRecipe) -> str:
+    section = loaded.recipe.rollout.vllm
+    return f"vLLM server: {section.url} (not called here)" if section.mode == "server" else "vLLM in this process"
 
 
 def _suite_files(loaded: LoadedRecipe, suite: str) -> list[str]:

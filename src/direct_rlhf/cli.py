@@ -5,8 +5,9 @@ resumable: after one signal (SIGTERM or Ctrl+C) with all work kept, after a seco
 """
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 
 from direct_rlhf import __version__
 from direct_rlhf.errors import ConfigError, DirectRLHFError, Interrupted
+from direct_rlhf.run.world import launched
 
 if TYPE_CHECKING:
     from direct_rlhf.recipe.load import LoadedRecipe
@@ -54,10 +56,14 @@ RUNS = Path("runs")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors of ours are one message, others keep their traceback."""
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes the first one, as all raise the same
     try:
         app(list(sys.argv[1:] if arguments is None else arguments), prog_name="direct-rlhf")
     except DirectRLHFError as error:
-        print(f"direct-rlhf: {error}", file=sys.stderr)
+        if speaks:
+            print(f"direct-rlhf: {error}", file=sys.stderr, flush=True)
+        if launched().size > 1:
+            os._exit(error.exit_code)  # what torch would still do in order may wait for the other processes
         return error.exit_code
     except SystemExit as leave:  # how typer ends, well or with a usage error
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
@@ -108,12 +114,18 @@ def init(
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that the run will be, on all machines.")
+    ] = 1,
+) -> None:
     """Look at all that a recipe names, without loading weights; every problem at once."""
     from direct_rlhf.check import check as look
     from direct_rlhf.screen import show_pairs
 
-    findings = look(_load(recipe, overrides))
+    findings = look(_load(recipe, overrides), processes=nproc)
     show_pairs("Found", findings.rows)
     findings.raise_problems()
     print("Nothing wrong.")
@@ -128,14 +140,39 @@ def plan(
         str | None, typer.Option(metavar="SIZE", help="Plan for a device of this memory, such as 80GB.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Only warn of what cannot fit.")] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N]", help="Estimate memory, traffic and time on N GPUs, 1 to 1024, by arithmetic."),
+    ] = None,
+    per_node: Annotated[int, typer.Option(min=1, metavar="N", help="With --gpus: GPUs of a machine.")] = 8,
+    hardware: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="With --gpus: a100-80gb, h100, h200, l40s, or a YAML file.")
+    ] = "h100",
+    shape: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --gpus: a model's shape, such as llama-2-13b.")
+    ] = None,
+    pairs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --gpus: training pairs of data on the hub.")
+    ] = None,
 ) -> None:
     """Memory per role and phase, tokens, steps and disk of a run, without loading weights; refuses what cannot fit."""
     from direct_rlhf.plan import parse_size, show
     from direct_rlhf.plan import plan as make
 
-    made = make(_load(recipe, overrides), root=root, memory=parse_size(memory) if memory else None)
-    show(made)
-    problems = made.problems()
+    loaded, size = _load(recipe, overrides), parse_size(memory) if memory else None
+    if gpus is not None:
+        from direct_rlhf.scale import show as at_scale
+
+        settings, profile = at_scale.settings(
+            loaded, gpus, per_node=per_node, profile=hardware, shape=shape, memory=size
+        )
+        at_scale.show(settings, profile, pairs)
+        found = at_scale.problem(settings[0], profile) if len(settings) == 1 else None
+        problems = [found] if found else []
+    else:
+        made = make(loaded, root=root, memory=size)
+        show(made)
+        problems = made.problems()
     if problems and not force:
         raise ConfigError("this run cannot fit (--force: only warn).\n" + "\n".join(problems))
     for problem in problems:
@@ -167,9 +204,26 @@ def run(
     resume: Resume = False,
     overwrite: Overwrite = False,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage only.")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes on this machine, one a GPU (torchrun is started with them)."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, metavar="N", help="With --nproc: times that lost processes are started again.")
+    ] = 0,
 ) -> None:
     """Every stage of a recipe that is not done yet."""
-    _run(_load(recipe, overrides), root, resume=resume, overwrite=overwrite, only=only)
+    loaded = _load(recipe, overrides)
+    if nproc is None or (nproc == 1 and not max_restarts):
+        _run(loaded, root, resume=resume, overwrite=overwrite, only=only)
+        return
+    from direct_rlhf.launch import launch
+    from direct_rlhf.recipe.needs import require_inputs
+
+    require_inputs(loaded.recipe)
+    arguments = [recipe, *(overrides or []), *(["--only", only] if only else [])]
+    code = launch(loaded, root, arguments, resume=resume, overwrite=overwrite, nproc=nproc, max_restarts=max_restarts)
+    raise typer.Exit(code)
 
 
 @reward_app.command("train")
@@ -278,6 +332,74 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    file: Annotated[Path, typer.Argument(metavar="MERGE.yaml", help="A merge file, in mergekit's shape.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the merged model goes.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in FOLDER.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show it; write nothing.")] = False,
+    device: Annotated[str, typer.Option(help="Where it is computed: auto, cpu, cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one for each core.")] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V,V", help="Values of a parameter to try; the best by --metric is merged. Repeatable."
+        ),
+    ] = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="For --sweep: conversation.score, general.mean ...; `-toxicity.toxic_rate`: lower is better."
+        ),
+    ] = "conversation.score",
+    recipe: Annotated[str, typer.Option(help="For --sweep: whose evaluation measures.")] = "quickstart",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For --sweep: an override of that recipe.")
+    ] = None,
+    root: Root = RUNS,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was stopped.")] = False,
+) -> None:
+    """Merge models into one: checked before a weight is read, streamed, whole or not at all."""
+    from direct_rlhf.recipe.merge import load_merge
+    from direct_rlhf.run.signals import StopFlag
+
+    if sweep:
+        from direct_rlhf.screen import show_pairs
+        from direct_rlhf.study.search import shown
+        from direct_rlhf.study.sweep import read_grid
+        from direct_rlhf.study.sweep import sweep as search
+
+        tried = search(
+            file,
+            out,
+            read_grid(sweep),
+            _load(recipe, set_),
+            metric=metric,
+            root=root,
+            resume=resume,
+            overwrite=overwrite,
+            say=_say,
+        )
+        show_pairs(metric, [(shown(one.settings), _value(one.shown)) for one in tried])
+        print(f"Merged: {out}")
+        return
+    with StopFlag() as should_stop:
+        from direct_rlhf.merge.plan import plan_merge, summary
+
+        plan = plan_merge(load_merge(file), out, overwrite=overwrite)
+        if dry_run:
+            from direct_rlhf.screen import show_pairs
+
+            show_pairs("Merge", summary(plan))
+            print("Nothing wrong. Nothing was written.")
+            return
+        from direct_rlhf.merge.executor import Execution, execute
+
+        how = Execution(device=device, threads=threads, should_stop=should_stop, say=_say)
+        execute(plan, how)
+    print(f"Merged: {out}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; two or more are compared.")],
     out: Annotated[
@@ -335,6 +457,15 @@ def data_show(
     )
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _value(shown: Mapping[str, float | None]) -> str:
+    (value,) = shown.values()
+    return "no score" if value is None else f"{value:.4g}"
+
+
 def _load(ref: str, overrides: Sequence[str] | None) -> "LoadedRecipe":
     from direct_rlhf.recipe.load import load_recipe
 
@@ -348,10 +479,13 @@ def _run(
     from direct_rlhf.screen import closing, opening, show_pairs
 
     require_inputs(loaded.recipe)
-    show_pairs("direct-rlhf", opening(loaded, root))
+    me = launched()
+    if me.is_main:
+        show_pairs("direct-rlhf", opening(loaded, root))
 
     from direct_rlhf import stages
 
     path = stages.run(loaded, root=root, resume=resume, overwrite=overwrite, only=only)
-    closing(path)
+    if me.is_main:
+        closing(path)
     return path

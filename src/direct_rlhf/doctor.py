@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from direct_rlhf import __version__
 from direct_rlhf.errors import ConfigError
@@ -71,6 +72,17 @@ def _memory_bytes() -> int:
     return min(sizes + [int(limit) for limit in limits if limit.isdigit()])
 
 
+def _processes(distributed: Any) -> str:
+    """What processes of one run can speak through."""
+    from direct_rlhf.launch import SHUTDOWN, torchrun_has
+
+    if not distributed.is_available():
+        return "no: this torch is built without torch.distributed, so a run is one process"
+    kinds = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
+    grace = "the grace time is ours to set" if torchrun_has(SHUTDOWN) else "torchrun kills 30 s after SIGTERM"
+    return f"{', '.join(name for name, there in kinds.items() if there)}; {grace}"
+
+
 def _devices() -> Iterator[tuple[str, str]]:
     try:
         import torch
@@ -78,6 +90,7 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield "torch starts", f"no: {error}"
         return
     yield "torch starts", f"yes, {torch.get_num_threads()} threads"
+    yield "several processes", _processes(torch.distributed)
     if not torch.cuda.is_available():
         yield "GPU", "none that torch can use"
     for index in range(torch.cuda.device_count()):

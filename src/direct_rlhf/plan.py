@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from direct_rlhf.errors import ConfigError
 from direct_rlhf.recipe.load import LoadedRecipe
 from direct_rlhf.recipe.needs import require_inputs
 from direct_rlhf.recipe.references import HubReference, resolve_model
-from direct_rlhf.recipe.schema import DataSource, Recipe, TrainedReward
+from direct_rlhf.recipe.schema import DataSource, HeuristicMixture, Recipe, ScoredMixture, TrainedReward
 from direct_rlhf.run.atomic import free_bytes
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Plan:
     kernels: int = 0  # bytes of the kernels that it will make, CPU only
     available: int | None = None  # bytes for this run; None: not known here
     peaks: list[Peak] = field(default_factory=list)
+    objectives: list[str] = field(default_factory=list)  # stages that train a mixture's reward models
     forecasts: "list[Forecast]" = field(default_factory=list)
     work: list[tuple[str, str]] = field(default_factory=list)  # tokens and steps, by stage
     disk: dict[str, int] = field(default_factory=dict)  # bytes, by what
@@ -85,6 +87,7 @@ class Plan:
     def _remedy(self, phase: str) -> str:
         model = self.recipe.model
         smaller = ["model.tuning=lora"] if model.tuning == "full" else []
+        smaller += ["model.quantise=nf4"] if model.tuning == "lora" and model.quantise == "none" else []
         smaller += ["model.dtype=bfloat16"] if model.dtype == "float32" else []
         smaller += ["a smaller ppo.micro_batch_tokens"] if phase in ("update", "score") else []
         smaller += ["a smaller ppo.rollouts"] if phase in ("sample", "evaluate") else []
@@ -129,11 +132,15 @@ class _Inputs:
         self.config = self._config()
         path = self.recipe.data.path
         self.data_folder = Path(path) if path is not None else self.folder
-        self.pairs: list[PreferencePair] | None = None
+        self.pairs: list[PreferencePair] | None = None  # what is trained on
+        self.held_out: list[PreferencePair] = []
+        self.objectives: dict[str, list[PreferencePair]] = {}  # stage -> pairs, for a mixture's reward models
         self.prompts: list[Prompt] | None = None
         data = self.recipe.data
         if self._all_here([*data.preferences, *data.prompts]):
             self._read()
+            if data.mixture.type != "none" and data.preferences:
+                self._mix(assumed)
         else:
             assumed.append(
                 "data on the hub were not read: every row is taken to be as long as the recipe allows, and the steps "
@@ -154,13 +161,22 @@ class _Inputs:
             answer = fill * data.max_answer_tokens
             encoded = [EncodedPair(pair, fill * data.max_prompt_tokens, answer, answer)] * count
             return Longest(fill * data.max_prompt_tokens, encoded)
-        encoded = encode_pairs(self.pairs, self.dialogue, data)
+        encoded = encode_pairs([*self.pairs, *chain(*self.objectives.values())], self.dialogue, data)
         prompts = encode_prompts(self.prompts, self.dialogue, data.max_prompt_tokens)
         return Longest(
             max((ids for _, ids in prompts), key=len, default=fill),
             sorted(encoded, key=lambda pair: -pair.length)[:count],
             self._sampled([len(ids) for _, ids in prompts]),
         )
+
+    def training(self, stage: str, section: str) -> list[PreferencePair] | None:
+        """The pairs that a stage trains on; None where they are not known."""
+        from direct_rlhf.train.pairs import of_kinds
+
+        if stage in self.objectives:
+            return self.objectives[stage]
+        kinds = getattr(getattr(self.recipe, section), "kinds", [])
+        return None if self.pairs is None else of_kinds(self.pairs, kinds, section)
 
     def _sampled(self, lengths: list[int]) -> list[int]:
         """Of the prompts of each PPO iteration, those with the most tokens."""
@@ -199,9 +215,31 @@ class _Inputs:
 
         recipe = self.recipe
         options: dict[str, Any] = {"folder": self.data_folder, "seed": recipe.seed, "dialogue": recipe.dialogue}
-        pairs = load_preferences(recipe.data, **options).train if recipe.data.preferences else ()
+        found = load_preferences(recipe.data, **options) if recipe.data.preferences else None
+        pairs, held_out = (found.train, found.held_out) if found else ((), ())
         self.pairs, _ = fits(pairs, self.dialogue, recipe.data)
+        self.held_out, _ = fits(held_out, self.dialogue, recipe.data)
         self.prompts, _ = fits_prompts(load_prompts(recipe.data, **options).train, self.dialogue, recipe.data)
+
+    def _mix(self, assumed: list[str]) -> None:
+        """The mixture's pairs in the place of all; where reward models choose them, as many as it can end with."""
+        from direct_rlhf.data.mixture import check_mixture, mix, objective_name, prompts_of
+
+        section, pairs = self.recipe.data.mixture, self.pairs or []
+        kinds = check_mixture(section, pairs, self.held_out)
+        if isinstance(section, ScoredMixture):
+            for kind in kinds:
+                for second in (False, True)[: 1 + section.second_seed]:
+                    if kind not in section.models:
+                        stage = f"{objective_name(kind, second=second)}_model"
+                        self.objectives[stage] = [pair for pair in pairs if pair.kind == kind]
+            if section.pairs is None:
+                assumed.append(
+                    "the mixture's pairs are known once they are scored: steps are those of all pairs, at most"
+                )
+            section = HeuristicMixture(type="heuristic", pairs=section.pairs)
+        self.pairs = mix(section, pairs, self.recipe.seed).training
+        self.prompts = list(prompts_of(self.pairs))
 
 
 def _forecast(made: Plan, inputs: _Inputs) -> None:
@@ -210,12 +248,13 @@ def _forecast(made: Plan, inputs: _Inputs) -> None:
     from direct_rlhf.train.forecast import forecast_pairs, forecast_ppo
 
     recipe, longest = made.recipe, inputs.longest()
+    made.objectives = list(inputs.objectives)
     heap = None
     if made.device == "cpu" and Heap.here():
         forecast_pairs(recipe, inputs.config, longest.shortened(), "sft")  # the forecast's own libraries and caches
         heap = Heap()
     known: dict[str, Forecast] = {}
-    for stage, section in _stages(recipe):
+    for stage, section in _stages(made):
         if section not in known:
             known[section] = (
                 forecast_pairs(recipe, inputs.config, longest, section, device=made.device, heap=heap)
@@ -227,12 +266,13 @@ def _forecast(made: Plan, inputs: _Inputs) -> None:
         for phase, tensors in found.peaks.items():
             process = made.process + made.kernels + found.grown.get(phase, tensors)
             made.peaks.append(Peak(stage, phase, tensors, process))
-        made.work += [(stage, text) for text in _work(recipe, section, inputs.pairs, longest)]
+        made.work += [(stage, text) for text in _work(recipe, section, inputs.training(stage, section), longest)]
 
 
-def _stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _stages(made: Plan) -> Iterator[tuple[str, str]]:
     """(stage, section of the recipe) of everything that trains."""
-    arms, ppo = recipe.arms, recipe.ppo
+    arms, ppo = made.recipe.arms, made.recipe.ppo
+    yield from ((stage, "reward") for stage in made.objectives)
     uses_ppo = any(arm.endswith("ppo") for arm in arms)
     if isinstance(ppo.reward, TrainedReward) and uses_ppo:
         yield "reward_model", "reward"
@@ -247,7 +287,6 @@ def _stages(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _work(recipe: Recipe, section: str, pairs: Sequence[PreferencePair] | None, longest: "Longest") -> Iterator[str]:
     from direct_rlhf.train.loop import total_steps
-    from direct_rlhf.train.pairs import of_kinds
 
     if section == "ppo":
         ppo = recipe.ppo
@@ -268,15 +307,13 @@ def _work(recipe: Recipe, section: str, pairs: Sequence[PreferencePair] | None, 
         known = f"at most {settings.max_steps:,}" if settings.max_steps else "not known"
         yield f"steps: {known} (the number of pairs is not known)"
         return
-    kinds = getattr(settings, "kinds", [])
-    used = of_kinds(pairs, kinds, section) if section in ("reward", "cost") else list(pairs)  # type: ignore[arg-type]
-    if used:
-        yield f"{total_steps(settings, len(used)):,} steps of {settings.batch_size}; {len(used):,} training pairs"
+    if pairs:
+        yield f"{total_steps(settings, len(pairs)):,} steps of {settings.batch_size}; {len(pairs):,} training pairs"
 
 
 def _disk(made: Plan) -> None:
     """Files of a finished run, with what is there for a moment while a checkpoint is replaced."""
-    by_stage = dict(zip((stage for stage, _ in _stages(made.recipe)), made.forecasts, strict=True))
+    by_stage = dict(zip((stage for stage, _ in _stages(made)), made.forecasts, strict=True))
     lora = made.recipe.model.tuning == "lora"
     models = checkpoints = largest = 0
     for stage, found in by_stage.items():
@@ -391,7 +428,7 @@ def show(made: Plan) -> None:
 
     from direct_rlhf.screen import show_pairs
 
-    recipe, on_cpu = made.recipe, made.device == "cpu"
+    on_cpu = made.device == "cpu"
     memory = Table(title="Memory at its highest", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("stage", "phase"):
         memory.add_column(column, no_wrap=True)
@@ -406,7 +443,7 @@ def show(made: Plan) -> None:
     roles = Table(title="What the roles hold", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("stage", "role", "weights", "gradients", "AdamW"):
         roles.add_column(column, justify="right" if column in ("weights", "gradients", "AdamW") else "left")
-    for (stage, _), found in zip(_stages(recipe), made.forecasts, strict=True):
+    for (stage, _), found in zip(_stages(made), made.forecasts, strict=True):
         for index, role in enumerate(found.roles):
             held = [size(part) if part else "-" for part in (role.weights, role.gradients, role.moments)]
             roles.add_row(stage if index == 0 else "", role.role, *held)

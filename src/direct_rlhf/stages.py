@@ -2,7 +2,8 @@
 
     data -> reward_model -> fitness -> sft, dpo -> direct_ppo, sft_ppo -> evaluation -> report
 
-PPO-Lagrangian has a cost_model and its cost_fitness after those of the reward.
+PPO-Lagrangian has a cost_model and its cost_fitness after those of the reward. With a data mixture (`data.mixture`) the
+stages train on the pairs that `mixture` chose, after `data`; a mixture by reward models has its `objectives` before it.
 
 `data` runs every time: it reads all sources, counts and lists what is not used, and fixes their fingerprints. A later
 stage is done when its record in the run directory carries the fingerprint of all that it depends on: its own recipe
@@ -13,6 +14,7 @@ loads only what it runs.
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,24 +26,28 @@ from typing import TYPE_CHECKING, Any
 
 from direct_rlhf.errors import ConfigError, DirectRLHFError, Interrupted
 from direct_rlhf.recipe.load import LoadedRecipe
+from direct_rlhf.recipe.needs import require_libraries, require_processes
 from direct_rlhf.recipe.references import resolve_model, resolve_reference, test_data_folder
-from direct_rlhf.recipe.schema import ModelReward, Recipe, TrainedReward
-from direct_rlhf.run.context import StageContext
-from direct_rlhf.run.directory import RunDirectory
+from direct_rlhf.recipe.schema import ModelReward, Recipe, ScoredMixture, TrainedReward
+from direct_rlhf.run.context import NoBars, ProgressBars, StageContext
+from direct_rlhf.run.directory import MANIFEST, Follower, RunDirectory
 from direct_rlhf.run.signals import StopFlag
+from direct_rlhf.run.world import World, joined, launch_id, launched
 
 if TYPE_CHECKING:
     from direct_rlhf.data.dialogue import DialogueFormat
     from direct_rlhf.data.tokens import Tokens
-    from direct_rlhf.data.types import PreferenceData, PromptData, RejectedRow
+    from direct_rlhf.data.types import PreferenceData, PreferencePair, PromptData, RejectedRow
     from direct_rlhf.evaluate.probe import CapabilityProbe
-    from direct_rlhf.recipe.schema import RewardSource
-    from direct_rlhf.train.pairs import Which
+    from direct_rlhf.recipe.schema import RewardSection, RewardSource
+    from direct_rlhf.train.mixture import Objective
 
 STAGES = (
+    *("objectives", "mixture"),
     *("reward_model", "fitness", "cost_model", "cost_fitness", "sft", "dpo", "direct_ppo", "sft_ppo"),
     *("evaluation", "report"),
 )
+THREE_H_STAGES = ("train", "merge", "evaluation", "report")
 
 
 def run(loaded: LoadedRecipe, *, root: Path, resume: bool, overwrite: bool, only: str | None = None) -> Path:
@@ -50,12 +56,23 @@ def run(loaded: LoadedRecipe, *, root: Path, resume: bool, overwrite: bool, only
     Raises ConfigError for an unknown stage or an occupied directory, Interrupted (exit code 75, resumable) on a signal:
     after one with all work kept, after a second one with what the last checkpoint holds.
     """
-    if only is not None and only not in STAGES:
-        raise ConfigError(f"--only {only}: no such stage; choose one of {', '.join(STAGES)}")
-    with StopFlag() as stop:
-        directory = RunDirectory.open(root, loaded, resume=resume, overwrite=overwrite)
-        with _attempt(directory, stop):
-            _Study(loaded, directory, stop).run(only)
+    three_h = loaded.recipe.three_h is not None
+    stages = THREE_H_STAGES if three_h else STAGES
+    if only is not None and only not in stages:
+        raise ConfigError(f"--only {only}: no such stage; choose one of {', '.join(stages)}")
+    require_libraries(loaded.recipe)
+    me = launched()
+    if three_h and me.size > 1:
+        raise ConfigError("a three_h study runs in one process: start it without --nproc or torchrun")
+    with StopFlag(launched=me.size > 1, quiet=not me.is_main) as stop, _world(me, loaded.recipe, stop) as world:
+        directory = _directory(root, loaded, world, resume=resume, overwrite=overwrite)
+        with attempt(directory, stop):
+            if three_h:
+                from direct_rlhf.study.three_h import ThreeH
+
+                ThreeH(loaded, directory, stop).run(only)
+            else:
+                Study(loaded, directory, stop).run(only)
     return directory.path
 
 
@@ -75,6 +92,8 @@ def evaluate_models(
     from direct_rlhf.report.card import results_page
     from direct_rlhf.run.atomic import write_atomic
 
+    if launched().size > 1:
+        raise ConfigError("evaluate measures in one process: start it without torchrun")
     evaluation = loaded.recipe.evaluation
     if suites:
         evaluation = evaluation.model_validate(evaluation.model_dump() | {"suites": list(suites)})
@@ -85,8 +104,8 @@ def evaluate_models(
     )
     with StopFlag() as stop:
         directory = RunDirectory.open(root, loaded.with_recipe(recipe), resume=resume, overwrite=overwrite)
-        with _attempt(directory, stop):
-            study = _Study(loaded.with_recipe(recipe), directory, stop)
+        with attempt(directory, stop):
+            study = Study(loaded.with_recipe(recipe), directory, stop)
             study.check_judge()
             study.evaluate({name: str(resolve_model(model)) for name, model in zip(names, models, strict=True)})
             study.report()
@@ -106,24 +125,84 @@ def report(runs: Sequence[Path], out: Path | None = None, *, redact_samples: boo
     return write_report(runs, out, redact_samples=redact_samples)
 
 
+def _device(recipe: Recipe) -> str:
+    """cpu or cuda. Errors: ConfigError for a device that torch does not see."""
+    import torch
+
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = cuda: torch sees no CUDA device; set device=cpu, or see `direct-rlhf doctor`")
+    return device
+
+
 @contextmanager
-def _attempt(directory: RunDirectory, stop: StopFlag) -> Iterator[None]:
+def _world(me: World, recipe: Recipe, stop: StopFlag) -> Iterator[World]:
+    """The processes of the run, each with its device."""
+    if me.size == 1:
+        yield me
+        return
+    import torch
+
+    require_processes(recipe, me.size)
+    device = _device(recipe)
+    if device == "cuda":
+        if me.local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"{me.local_size} processes on this machine, and {torch.cuda.device_count()} CUDA devices: start one "
+                "process a device (--nproc, or torchrun's --nproc-per-node)"
+            )
+        torch.cuda.set_device(me.local_rank)
+    with joined(me, recipe.parallel, device=device, stop=stop) as world:
+        yield world
+
+
+def _directory(root: Path, loaded: LoadedRecipe, world: World, *, resume: bool, overwrite: bool) -> RunDirectory:
+    """The run's directory, made by the first process. Those that torchrun has started again go on with their run."""
+    path = root / loaded.recipe.name
+
+    def make() -> str:
+        again = world.restarts > 0 and (path / MANIFEST).is_file() and RunDirectory(path).launched_by(launch_id())
+        if again and (error := RunDirectory(path).not_worth_another_try()) is not None:
+            raise error
+        made = RunDirectory.open(root, loaded, resume=resume or again, overwrite=overwrite and not again)
+        return str(made.path)
+
+    kind = RunDirectory if world.is_main else Follower
+    return kind(Path(world.main(make)), world)
+
+
+@contextmanager
+def attempt(directory: RunDirectory, stop: StopFlag) -> Iterator[None]:
     """The only writer of a run; however the attempt ends, status.json says so."""
+    world = directory.world
+
+    def ended(error: BaseException) -> None:
+        if not world.speaks:
+            return
+        state = "interrupted" if isinstance(error, Interrupted) else "failed"
+        ours = isinstance(error, DirectRLHFError)
+        code = error.exit_code if isinstance(error, DirectRLHFError) else 1
+        reason = str(error) if ours else f"{type(error).__name__}: {error}"
+        RunDirectory.status(directory, state, code, reason)
+        if not world.is_main:
+            print(f"direct-rlhf: {reason}", file=sys.stderr, flush=True)
+
     with directory.locked():
         directory.status("running", None)
+        world.when_lost(ended)
         try:
             with stop.at_once():
                 yield
-        except (Interrupted, KeyboardInterrupt) as error:
-            stopped = Interrupted(f"{directory.path}: stopped on request. Go on with --resume.")
-            directory.status("interrupted", stopped.exit_code, str(stopped))
-            raise stopped from error
-        except DirectRLHFError as error:
-            directory.status("failed", error.exit_code, str(error))
-            raise
-        except BaseException as error:
-            directory.status("failed", 1, f"{type(error).__name__}: {error}")
-            raise
+        except BaseException as raised:
+            error = world.explained(raised)
+            if isinstance(error, (Interrupted, KeyboardInterrupt)):
+                error = Interrupted(f"{directory.path}: stopped on request. Go on with --resume.")
+            ended(error)
+            if error is raised:
+                raise
+            raise error from raised
         directory.status("done", 0)
 
 
@@ -159,7 +238,7 @@ def _digest(*parts: Any) -> str:
 
 
 @dataclass
-class _Study:
+class Study:
     """One run of a recipe: its inputs, loaded when first needed, and its stages."""
 
     loaded: LoadedRecipe
@@ -177,6 +256,29 @@ class _Study:
         return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(place.absolute())})})
 
     def run(self, only: str | None) -> None:
+        training = self._training()
+        wanted = [*training, ("evaluation", lambda: self.evaluate(self.models())), ("report", self.report)]
+        if training:
+            self.data()
+            wanted = [*self._mixing(), *wanted]
+        if only is not None:
+            wanted = [(name, stage) for name, stage in wanted if name == only]
+            if not wanted:
+                arms = ", ".join(self.recipe.arms)
+                raise ConfigError(f"--only {only}: this recipe's arms ({arms}) do not need that stage")
+        if any(name == "evaluation" for name, _ in wanted):
+            self.check_judge()
+        for _, stage in wanted:
+            stage()
+
+    def train(self, only: Sequence[str] | None = None) -> None:
+        """The stages that make models, or those of them that ``only`` names."""
+        self.data()
+        for name, stage in [*self._mixing(), *self._training()]:
+            if only is None or name in only:
+                stage()
+
+    def _training(self) -> list[tuple[str, Callable[[], Any]]]:
         arms = self.recipe.arms
         wanted: list[tuple[str, Callable[[], Any]]] = []
         if isinstance(self.recipe.ppo.reward, TrainedReward) and {"direct_ppo", "sft_ppo"} & set(arms):
@@ -185,22 +287,18 @@ class _Study:
             wanted += [("cost_model", self.cost_model), ("cost_fitness", self.cost_fitness)]
         if {"sft", "sft_ppo"} & set(arms):
             wanted.append(("sft", self.sft))
-        wanted += [(arm, getattr(self, arm)) for arm in ("dpo", "direct_ppo", "sft_ppo") if arm in arms]
-        wanted += [("evaluation", lambda: self.evaluate(self.models())), ("report", self.report)]
-        if wanted[0][0] != "evaluation":
-            self.data()
-        if only is not None:
-            wanted = [(name, stage) for name, stage in wanted if name == only]
-            if not wanted:
-                raise ConfigError(f"--only {only}: this recipe's arms ({', '.join(arms)}) do not need that stage")
-        if any(name == "evaluation" for name, _ in wanted):
-            self.check_judge()
-        for _, stage in wanted:
-            stage()
+        return [*wanted, *((arm, getattr(self, arm)) for arm in ("dpo", "direct_ppo", "sft_ppo") if arm in arms)]
+
+    @property
+    def world(self) -> World:
+        return self.directory.world
 
     # The stages, in order
 
     def data(self) -> None:
+        self.world.main(self._data)
+
+    def _data(self) -> None:
         from direct_rlhf.data.load import fingerprints, write_rejected
         from direct_rlhf.evaluate.contamination import evaluation_texts, write_overlap
 
@@ -233,56 +331,128 @@ class _Study:
                 f"{overlap['rows']} training rows too (overlap.jsonl), so their results show less"
             )
 
+    def objectives(self) -> "list[Objective]":
+        """A reward model for each kind of pair, given or trained here, each with its fitness card."""
+        from direct_rlhf.data.mixture import check_mixture
+
+        section = self.recipe.data.mixture
+        if not isinstance(section, ScoredMixture):
+            return []
+        kinds = check_mixture(section, self.preferences.train, self.preferences.held_out)
+        return [self._objective(section, kind) for kind in kinds]
+
+    def mixture(self) -> None:
+        """Chooses the training pairs; by the margins of the objectives' models where the mixture needs them."""
+        from direct_rlhf.data.mixture import objective_name
+        from direct_rlhf.train.mixture import make_mixture
+
+        recipe, objectives = self.recipe, self.objectives()
+        names = [objective_name(one.kind) for one in objectives]
+        names += [objective_name(one.kind, second=True) for one in objectives if one.second]
+        fingerprint = _digest(
+            *(recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.ppo.sampling, self.sources),
+            *(self._after(f"{name}_model") for name in names),
+        )
+        self._stage(
+            "mixture",
+            fingerprint,
+            lambda: make_mixture(self.context, self.preferences, objectives, tokens=self.tokens, key=fingerprint),
+            alone=True,
+        )
+
+    def _mixing(self) -> list[tuple[str, Callable[[], Any]]]:
+        """The stages of the recipe's mixture, if it has one."""
+        mixture = self.recipe.data.mixture
+        chosen = [("mixture", self.mixture)] if mixture.type != "none" else []
+        return [("objectives", self.objectives), *chosen] if isinstance(mixture, ScoredMixture) else chosen
+
+    def _objective(self, section: ScoredMixture, kind: str) -> "Objective":
+        from direct_rlhf.data.mixture import objective_name
+        from direct_rlhf.train.mixture import Objective
+
+        recipe, name = self.recipe, objective_name(kind)
+        training = recipe.reward.model_copy(update={"kinds": [kind]})
+        held_out = tuple(pair for pair in self.preferences.held_out if pair.kind == kind)
+        data = replace(self.preferences, held_out=held_out)  # normalised on the prompts of all kinds
+        given, second = kind in section.models, None
+        if given:
+            folder = self._given_model(section.models[kind], f"data.mixture.models.{kind}")
+            parts = [folder / "reward.json", folder / "head.safetensors"]
+            hashes = [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts if part.is_file()]
+            self.fingerprints[f"{name}_model"] = _digest(str(folder.absolute()), *hashes)
+        else:
+            folder = self._train_reward_model(name, training, data)
+            if section.second_seed:
+                again, seed = objective_name(kind, second=True), (recipe.seed + 1) % 2**32
+                second = self._train_reward_model(again, training, data, seed=seed)
+        self._check_fitness(name, f"{name}_fitness", folder, training, held_out)
+        return Objective(kind, folder, given, second)
+
     def reward_model(self) -> None:
-        self._train_reward_model("reward")
+        self._train_reward_model("reward", self.recipe.reward, self.training, mixed=self._mixed)
 
     def fitness(self) -> None:
-        self._check_fitness("reward", "fitness", self.reward_folder)
+        self._check_fitness("reward", "fitness", self.reward_folder, self.recipe.reward, self.preferences.held_out)
 
     def cost_model(self) -> None:
-        self._train_reward_model("cost")
+        self._train_reward_model("cost", self.recipe.cost, self.training, mixed=self._mixed)
 
     def cost_fitness(self) -> None:
-        self._check_fitness("cost", "cost_fitness", self.cost_folder)
+        self._check_fitness("cost", "cost_fitness", self.cost_folder, self.recipe.cost, self.preferences.held_out)
 
-    def _train_reward_model(self, which: "Which") -> None:
+    def _train_reward_model(
+        self,
+        which: str,
+        section: "RewardSection",
+        data: "PreferenceData",
+        *,
+        mixed: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Path:
+        """The model in the folder ``WHICH_model``; ``seed`` is another one than the recipe's."""
         from direct_rlhf.train.reward import train_reward_model
 
         recipe = self.recipe
-        section = recipe.reward if which == "reward" else recipe.cost
-        fingerprint = _digest(
-            recipe.seed, recipe.model, recipe.dialogue, recipe.data, section, recipe.ppo.sampling, self.sources
-        )
-        self._stage(
-            f"{which}_model",
-            fingerprint,
-            lambda: train_reward_model(self.context, self.preferences, tokens=self.tokens, which=which),
-        )
+        seed = recipe.seed if seed is None else seed
+        parts = (recipe.model, recipe.dialogue, recipe.data, section, recipe.ppo.sampling, self.sources, *mixed)
 
-    def _check_fitness(self, which: "Which", name: str, folder: Path) -> None:
+        def train() -> None:
+            context = replace(self.context, recipe=self.context.recipe.model_copy(update={"seed": seed}))
+            train_reward_model(context, data, tokens=self.tokens, which=which, section=section)
+
+        self._stage(f"{which}_model", _digest(seed, *parts), train)
+        return self.directory.path / f"{which}_model"
+
+    def _check_fitness(
+        self, which: str, name: str, folder: Path, section: "RewardSection", held_out: "Sequence[PreferencePair]"
+    ) -> None:
         from direct_rlhf.train.fitness import check_reward_model
 
-        section = self.recipe.reward if which == "reward" else self.recipe.cost
         self._stage(
             name,
             _digest(self._after(f"{which}_model"), section.fitness),
-            lambda: check_reward_model(self.context, folder, self.preferences.held_out, which=which),
+            lambda: check_reward_model(self.context, folder, held_out, which=which, section=section),
             phase="check",
+            alone=True,
         )
 
     def sft(self) -> None:
         from direct_rlhf.train.supervised import train_sft
 
-        recipe = self.recipe
-        fingerprint = _digest(recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.sft, self.sources)
-        self._stage("sft", fingerprint, lambda: train_sft(self.context, self.preferences, tokens=self.tokens))
+        recipe, data = self.recipe, self.training
+        fingerprint = _digest(
+            recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.sft, self.sources, *self._mixed
+        )
+        self._stage("sft", fingerprint, lambda: train_sft(self.context, data, tokens=self.tokens))
 
     def dpo(self) -> None:
         from direct_rlhf.train.dpo import train_dpo
 
-        recipe = self.recipe
-        fingerprint = _digest(recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.dpo, self.sources)
-        self._stage("dpo", fingerprint, lambda: train_dpo(self.context, self.preferences, tokens=self.tokens))
+        recipe, data = self.recipe, self.training
+        fingerprint = _digest(
+            recipe.seed, recipe.model, recipe.dialogue, recipe.data, recipe.dpo, self.sources, *self._mixed
+        )
+        self._stage("dpo", fingerprint, lambda: train_dpo(self.context, data, tokens=self.tokens))
 
     def direct_ppo(self) -> None:
         self._ppo("direct_ppo", self.base)
@@ -295,7 +465,7 @@ class _Study:
         from direct_rlhf.train.ppo import Inputs, train_ppo
         from direct_rlhf.train.start import Sources
 
-        recipe = self.recipe
+        recipe, prompts = self.recipe, self.asked
         fingerprint = _digest(
             recipe.seed,
             recipe.model,
@@ -307,12 +477,14 @@ class _Study:
             self._after("sft") if arm == "sft_ppo" else "",
             self._after("cost_model") if self._trains_costs else "",
             recipe.evaluation.general if recipe.ppo.guard.action != "off" else "",
+            *self._mixed,
+            *([recipe.rollout.engine, recipe.rollout.correction] if recipe.rollout.engine != "native" else []),
         )
 
         def train() -> None:
             texts = load_texts(recipe.data, folder=self.data_folder) if recipe.ppo.ptx.weight else []
             sources = Sources(self.reward_folder, self.loaded.folder, self.cost_folder)
-            train_ppo(self.context, self.prompts, Inputs(arm, init, self.tokens, sources, texts, self._probe()))
+            train_ppo(self.context, prompts, Inputs(arm, init, self.tokens, sources, texts, self._probe()))
 
         self._stage(arm, fingerprint, train)
 
@@ -340,9 +512,10 @@ class _Study:
         from direct_rlhf.evaluate.judging import Judging
 
         if "conversation" in self.recipe.evaluation.suites:
-            Judging(self.context, self.loaded.folder).check()
+            self.world.main(lambda: Judging(self.context, self.loaded.folder).check())
 
-    def evaluate(self, models: dict[str, str]) -> None:
+    def evaluate(self, models: dict[str, str], *, compared: bool = True) -> None:
+        """Measures the models, by name; ``compared``: any two of them too."""
         from direct_rlhf.evaluate.suite import compare, evaluate_arm
 
         evaluation = self.recipe.evaluation
@@ -353,11 +526,17 @@ class _Study:
                 fingerprint,
                 partial(evaluate_arm, self.context, name, model, folder=self.loaded.folder),
                 phase="evaluate",
+                alone=True,
             )
-        if len(models) > 1:
-            compare(self.context, list(models), against=next(iter(models)), folder=self.loaded.folder)
+        if compared and len(models) > 1:
+            self.world.main(
+                lambda: compare(self.context, list(models), against=next(iter(models)), folder=self.loaded.folder)
+            )
 
     def report(self) -> None:
+        self.world.main(self._report)
+
+    def _report(self) -> None:
         from direct_rlhf.report.card import model_card
         from direct_rlhf.run.atomic import write_atomic
 
@@ -378,13 +557,10 @@ class _Study:
         from direct_rlhf.precision import settled
 
         recipe = self.recipe
-        torch.set_num_threads(recipe.threads or len(os.sched_getaffinity(0)))
-        device = recipe.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device = cuda: torch sees no CUDA device; set device=cpu, or see `direct-rlhf doctor`")
-        context = StageContext(settled(recipe, device), self.directory, device, self.stop)
+        world, device = self.world, _device(recipe)
+        torch.set_num_threads(recipe.threads or max(len(os.sched_getaffinity(0)) // world.local_size, 1))
+        bars = ProgressBars() if world.is_main else NoBars()
+        context = StageContext(settled(recipe, device), self.directory, device, self.stop, bars, world)
         if context.recipe.model.dtype != recipe.model.dtype:
             context.say("This processor has no bfloat16 arithmetic: float32 is computed in (model.dtype = bfloat16).")
         return context
@@ -435,6 +611,31 @@ class _Study:
         found = load_prompts(recipe.data, folder=self.data_folder, seed=recipe.seed, dialogue=recipe.dialogue)
         return _kept(found, lambda prompts: fits_prompts(prompts, self.dialogue, recipe.data))
 
+    @cached_property
+    def training(self) -> "PreferenceData":
+        """What models are trained on: all pairs, or those of the mixture, which is made where it is not there yet."""
+        from direct_rlhf.data.mixture import FILE, mixed_data, read_times
+
+        if self.recipe.data.mixture.type == "none":
+            return self.preferences
+        self.mixture()
+        times = self.world.main(lambda: read_times(self.directory.path / FILE))
+        return mixed_data(self.preferences, times)
+
+    @cached_property
+    def asked(self) -> "PromptData":
+        """What PPO samples answers to: all prompts, or those of the mixture's pairs."""
+        from direct_rlhf.data.mixture import prompts_of
+
+        if self.recipe.data.mixture.type == "none":
+            return self.prompts
+        return replace(self.prompts, train=prompts_of(self.training.train))
+
+    @property
+    def _mixed(self) -> list[str]:
+        """What a stage's fingerprint has of the mixture, which is made first; nothing without one."""
+        return [self._after("mixture")] if self.training is not self.preferences else []
+
     @property
     def reward_folder(self) -> Path:
         return self._model_folder(self.recipe.ppo.reward, "reward", "ppo.reward")
@@ -447,9 +648,12 @@ class _Study:
         """Where the model of a reward source is, or will be."""
         if not isinstance(source, ModelReward):
             return self.directory.path / f"{which}_model"
-        place = resolve_reference(source.path, self.loaded.folder)
+        return self._given_model(source.path, f"{key}.path")
+
+    def _given_model(self, ref: str, key: str) -> Path:
+        place = resolve_reference(ref, self.loaded.folder)
         if not isinstance(place, Path):
-            raise ConfigError(f"{key}.path = {source.path}: a reward model must be a local folder")
+            raise ConfigError(f"{key} = {ref}: a reward model must be a local folder")
         return place
 
     @property
@@ -464,18 +668,30 @@ class _Study:
 
     # How a stage is run and remembered
 
-    def _stage(self, name: str, fingerprint: str, work: Callable[[], Any], *, phase: str = "rest") -> None:
-        """``phase`` is how to call, in the record of peak memory, what is in no phase of its own."""
+    def _stage(
+        self, name: str, fingerprint: str, work: Callable[[], Any], *, phase: str = "rest", alone: bool = False
+    ) -> None:
+        """``phase`` is how to call, in the record of peak memory, what is in no phase of its own.
+
+        ``alone``: of several processes the first one does it, and the others wait.
+        """
         self.fingerprints[name] = fingerprint
-        if self.directory.stage_done(name, fingerprint):
+        if self.world.main(lambda: self.directory.stage_done(name, fingerprint)):
             return
+
+        def by_itself() -> None:
+            work()
+
         with self.stop.at_borders():
-            self.context.check_stop()
+            self.context.check_stop_together()
             start = time.monotonic()
             with self._measured(name, phase):
-                work()
+                if alone:
+                    self.world.main(by_itself)
+                else:
+                    work()
             self.directory.finish_stage(name, fingerprint, time.monotonic() - start, {"device": self.context.device})
-            self.context.check_stop()
+            self.context.check_stop_together()
 
     @contextmanager
     def _measured(self, name: str, rest: str) -> Iterator[None]:
@@ -491,7 +707,8 @@ class _Study:
                 yield
             finally:
                 with suppress(DirectRLHFError, OSError):
-                    write_json(file, known | {name: peaks.facts})
+                    if self.world.is_main:
+                        write_json(file, known | {name: peaks.facts})
         self.directory.note(name, peaks.facts)
         self.context.say(f"[{name}] {peaks.line()}")
 

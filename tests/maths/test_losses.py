@@ -73,6 +73,31 @@ def test_dual_clip_bounds_the_loss_of_a_large_ratio_under_a_negative_advantage()
     assert policy_loss(*arguments, clip=0.2, dual_clip=3.0).loss.item() == pytest.approx(4.5)
 
 
+@given(seed=integers(0, 99))
+def test_weight_1_is_the_unweighted_loss_bit_for_bit(seed):
+    tensors, mask = random_batch(seed)
+    found = []
+    for weight in (None, torch.ones_like(tensors[0])):
+        new = tensors[0].clone().requires_grad_()
+        result = policy_loss(new, *tensors[1:], mask, clip=0.2, dual_clip=3.0, weight_BT=weight, denominator=7.0)
+        result.loss.backward()
+        found.append((result.loss.item(), result.ratio_mean.item(), result.clip_fraction.item(), new.grad))
+    assert found[0][:3] == found[1][:3]
+    assert torch.equal(found[0][3], found[1][3])
+
+
+def test_a_weight_multiplies_a_tokens_loss_and_its_gradient_and_has_none_itself():
+    (new, old, advantage), mask = random_batch(8)
+    weight = torch.rand_like(new).requires_grad_()
+    plain, weighted = new.clone().requires_grad_(), new.clone().requires_grad_()
+    policy_loss(plain, old, advantage, mask, clip=0.2).loss.backward()
+    policy_loss(weighted, old, advantage, mask, clip=0.2, weight_BT=weight).loss.backward()
+    exactly(weighted.grad, plain.grad * weight.detach())
+    assert weight.grad is None
+    with pytest.raises(ValueError, match="equal shape"):
+        policy_loss(new, old, advantage, mask, clip=0.2, weight_BT=weight[:, :2])
+
+
 def test_a_log_ratio_of_1000_nats_stays_finite():
     one = torch.ones(1, 1, dtype=torch.bool)
     logp = torch.tensor([[0.0]], requires_grad=True)

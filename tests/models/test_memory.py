@@ -86,6 +86,17 @@ def test_at_the_floor_the_run_ends_with_code_4_and_says_what_to_do():
     assert caught.value.__context__ is None  # it would hold the failed call's tensors
 
 
+@pytest.mark.promise("R3")
+def test_a_fixed_chunk_ends_the_run_with_code_4_and_says_what_to_change():
+    machine = Machine(room=1)
+    with pytest.raises(
+        OutOfMemoryError, match=r"update: out of memory with 8 padded slots at once .*more processes"
+    ) as caught:
+        ChunkSize("update", 8, fixed=True).run(machine)
+    assert caught.value.exit_code == 4
+    assert machine.sizes == [8]
+
+
 def test_the_tensors_of_the_failed_call_are_gone_before_the_next_one():
     held, alive = [], []
 

@@ -47,11 +47,14 @@ def test_shipped_recipe_loads_and_its_resolved_text_is_the_same_recipe(name: str
 def test_the_shipped_recipes_have_the_arms_they_promise() -> None:
     assert {name: load_recipe(name).recipe.arms for name in shipped_recipes()} == {
         "hh-small": ["base", "direct_ppo"],
+        "llama-3-8b-lora": ["base", "direct_ppo"],
         "mistral-7b-full": ["base", "direct_ppo"],
         "mistral-7b-lora": ["base", "direct_ppo"],
         "quickstart": ["base", "sft", "direct_ppo"],
+        "qwen-2.5-7b-lora": ["base", "direct_ppo"],
         "standard": ["base"],
         "world-study": ["base", "sft", "sft_ppo", "dpo", "direct_ppo"],
+        "world-3h": ["base"],
     }
 
 
@@ -78,6 +81,16 @@ def test_mistral_recipes_hold_the_starting_values(name: str, expected: tuple[Any
     assert recipe.model.base == "mistralai/Mistral-7B-v0.1"
     assert recipe.model.dtype == "bfloat16"
     assert (ppo.kl.target, ppo.kl.horizon) == (6.0, 10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("llama-3-8b-lora", "meta-llama/Meta-Llama-3-8B"), ("qwen-2.5-7b-lora", "Qwen/Qwen2.5-7B")]
+)
+def test_the_recipes_of_other_bases_differ_from_mistrals_in_the_base_alone(name: str, base: str) -> None:
+    found, usual = load_recipe(name).recipe, load_recipe("mistral-7b-lora", [f"model.base={base}"]).recipe
+    same = {"name": found.name, "description": found.description}
+    assert found.model_dump() == usual.model_dump() | same
+    assert "nstruct" not in found.model.base
 
 
 def test_name_defaults_to_that_of_the_file() -> None:

@@ -36,7 +36,7 @@ WRONG_RECIPES = [
     pytest.param(
         "model:\n  colour: red\n",
         (),
-        "model.colour: unknown key (my.yaml:2). Known here: base, revision, dtype, tuning, lora, trust_remote_code.",
+        "model.colour: unknown key (my.yaml:2). Known here: base, revision, dtype, tuning, lora, quantise, trust_remote_code.",
         id="unknown key like no other",
     ),
     pytest.param(
@@ -141,13 +141,13 @@ WRONG_RECIPES = [
     pytest.param(
         "model: [world:base]\n",
         (),
-        'model = ["world:base"]: must be a section, with keys below it: base, revision, dtype, tuning, lora, trust_remote_code (my.yaml:1).',
+        'model = ["world:base"]: must be a section, with keys below it: base, revision, dtype, tuning, lora, quantise, trust_remote_code (my.yaml:1).',
         id="list where a mapping is wanted",
     ),
     pytest.param(
         "model: world:base\n",
         (),
-        'model = "world:base": must be a section, with keys below it: base, revision, dtype, tuning, lora, trust_remote_code (my.yaml:1).',
+        'model = "world:base": must be a section, with keys below it: base, revision, dtype, tuning, lora, quantise, trust_remote_code (my.yaml:1).',
         id="text where a mapping is wanted",
     ),
     pytest.param(
@@ -348,7 +348,7 @@ WRONG_RECIPES = [
     pytest.param(
         "extends: quikstart\n",
         (),
-        "extends (my.yaml:1): quikstart: no such recipe file, and no shipped recipe of that name. Did you mean quickstart? Shipped: hh-small, mistral-7b-full, mistral-7b-lora, quickstart, standard, world-study.",
+        "extends (my.yaml:1): quikstart: no such recipe file, and no shipped recipe of that name. Did you mean quickstart? Shipped: hh-small, llama-3-8b-lora, mistral-7b-full, mistral-7b-lora, quickstart, qwen-2.5-7b-lora, standard, world-3h, world-study.",
         id="extends an unknown recipe",
     ),
     pytest.param(
@@ -429,6 +429,66 @@ WRONG_RECIPES = [
         ("seed = -1: must be at least 0 (my.yaml:1).\nppo.lam = 2: must be at most 1 (override ppo.lam=2)."),
         id="an error in the file and one in an override",
     ),
+    pytest.param(
+        "data:\n  mixture: {type: heuristc}\n",
+        (),
+        'data.mixture.type = "heuristc": must be one of: none, heuristic, reward_selected, low_conflict (my.yaml:2). '
+        "Did you mean heuristic?",
+        id="a mixture of no known type",
+    ),
+    pytest.param(
+        "data:\n  mixture:\n    type: low_conflict\n    fraction: 0.5\n",
+        (),
+        "data.mixture.fraction: unknown key (my.yaml:4). Known here: type, models, second_seed, delta, pairs.",
+        id="a key of another mixture",
+    ),
+    pytest.param(
+        "data:\n  mixture:\n    type: heuristic\n    shares:\n      helpful: many\n      honest: true\n      harmless: -1\n",
+        (),
+        (
+            "data.mixture.shares.honest = true: must be a number (my.yaml:6).\n"
+            'data.mixture.shares.helpful = "many": must be a number (my.yaml:5).\n'
+            "data.mixture.shares.harmless = -1: must be at least 0 (my.yaml:7)."
+        ),
+        id="names with values that are no numbers",
+    ),
+    pytest.param(
+        "data:\n  mixture:\n    type: heuristic\n    shares: 3\n",
+        (),
+        "data.mixture.shares = 3: must be a section: names, each with its number (my.yaml:4).",
+        id="one number for a number each",
+    ),
+    pytest.param(
+        "data:\n  mixture:\n    type: heuristic\n    shares: {helpful: 0}\n",
+        (),
+        "data.mixture: shares: all of them are 0; give at least one kind a share (my.yaml:4).",
+        id="no share at all",
+    ),
+    pytest.param(
+        "data:\n  mixture: {type: reward_selected, gate: fixed}\n",
+        (),
+        "data.mixture: gate = fixed needs weights, one for every kind of pair and not all of them 0 (my.yaml:2).",
+        id="a fixed gate without weights",
+    ),
+    pytest.param(
+        "data:\n  mixture:\n    type: reward_selected\n    weights: {helpful: 1}\n",
+        (),
+        "data.mixture: weights: the gate is own, which has no use for them; set gate: fixed (my.yaml:4).",
+        id="weights without a fixed gate",
+    ),
+    pytest.param(
+        "data:\n  preferences:\n    - path: a.jsonl\n      weight: 2\n  mixture: {type: heuristic}\n",
+        (),
+        "data: preferences.0.weight = 2: with a mixture, data.mixture decides how often pairs are used; leave the weight "
+        "at 1 (my.yaml:5).",
+        id="a mixture of weighted sources",
+    ),
+    pytest.param(
+        "ppo:\n  reward: {type: http, url: 'http://x', timeout: true}\n",
+        (),
+        "ppo.reward.timeout = true: must be a number (my.yaml:2).",
+        id="true for a number of a variant",
+    ),
 ]
 
 
@@ -470,7 +530,7 @@ def test_unknown_recipe_name_gets_a_suggestion(tmp_path: Path, monkeypatch: pyte
         load_recipe("hh-smal")
     assert str(caught.value) == (
         "hh-smal: no such recipe file, and no shipped recipe of that name. Did you mean hh-small? "
-        "Shipped: hh-small, mistral-7b-full, mistral-7b-lora, quickstart, standard, world-study."
+        "Shipped: hh-small, llama-3-8b-lora, mistral-7b-full, mistral-7b-lora, quickstart, qwen-2.5-7b-lora, standard, world-3h, world-study."
     )
 
 

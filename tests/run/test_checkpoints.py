@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from direct_rlhf.errors import CheckpointError
 from direct_rlhf.run import checkpoints
-from direct_rlhf.run.checkpoints import CheckpointStore, pack, unpack
+from direct_rlhf.run.checkpoints import CheckpointStore
 from direct_rlhf.run.directory import RunDirectory
+from direct_rlhf.run.packing import pack, unpack
 from faults import FaultyFS, crash_at, every_call
 
 TESTS = Path(__file__).parents[1]

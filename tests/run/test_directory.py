@@ -251,9 +251,8 @@ def test_a_change_of_any_key_is_refused_unless_it_is_safe(run, load):
         assert re.search(
             rf"changed since the run started:\n  {re.escape(key)}: .* is now \['another', 'value'\]\n", message
         )
-    safe = {
-        key for key in keys if key in ("name", "description", "threads") or key.startswith(("logging.", "evaluation."))
-    }
+    sections = ("logging.", "evaluation.", "parallel.")
+    safe = {key for key in keys if key in ("name", "description", "threads") or key.startswith(sections)}
     assert set(keys) - set(refused) == safe
 
 

@@ -49,6 +49,15 @@ def test_an_alert_says_what_was_seen_its_cause_and_the_remedy():
     )
 
 
+def test_a_sampler_that_stays_far_from_the_trainer_is_named_and_none_is_missed_where_there_is_none():
+    history = [CALM] + [{**CALM, "mismatch_kl": 0.02}] * WINDOW
+    (alert,) = detect(history, cap=48, kl_target=6.0, mismatch_limit=0.01)
+    assert alert.name == "sampler_mismatch"
+    assert alert.seen == "Sampler and trainer are 0.02 nats per token apart, over 0.01."
+    assert detect(history, cap=48, kl_target=6.0, mismatch_limit=0.03) == []
+    assert detect(history[:-1], cap=48, kl_target=6.0, mismatch_limit=0.01) == []  # one of the three is calm
+
+
 def test_text_statistics_count_what_they_say():
     texts = ["a b a b", "I cannot help.", "I cannot  help.", "", "x y z w x y z w"]
     stats = text_statistics(texts, ["p1", "p2", "p3", "p4", "p5"])

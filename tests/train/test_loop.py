@@ -408,7 +408,7 @@ def test_checkpoints_come_every_so_many_steps(tmp_path, base, monkeypatch):
     saved = []
     ctx = make_context(tmp_path / "runs", base)
     store = ctx.run.checkpoints("fit", keep=1)
-    monkeypatch.setattr(type(store), "save", lambda self, step, tensors, state: saved.append(step))
+    monkeypatch.setattr(type(store), "save", lambda self, step, tensors, state, later: saved.append(step))
     run_steps(ctx, Fit().task(), SECTION)
     assert saved == [3, 6, 7]
 

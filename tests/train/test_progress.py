@@ -138,7 +138,7 @@ def there_and_back(folder, progress, work):
     store = CheckpointStore(folder, keep=1)
     save(store, progress, work, NO_ROLES, {}, {})
     again = Progress()
-    return again, restore(CheckpointStore(folder, keep=1), again, NO_ROLES, {}, {})
+    return again, restore(CheckpointStore(folder, keep=1).latest(), again, NO_ROLES, {}, {})
 
 
 def test_the_example_fills_every_field():
@@ -219,7 +219,7 @@ def test_weights_moments_guards_and_chunks_come_back_and_nothing_of_the_fresh_ru
     fresh = roles_of(base, tuning, with_cost=True)
     other, again, sizes = learner_of(fresh, section), Progress(kl_coefficient=9.0), chunks(64, 32, 32)
     assert unequal(everything(fresh), everything(roles))
-    rest = restore(store, again, fresh, other.optimisers, sizes)
+    rest = restore(store.latest(), again, fresh, other.optimisers, sizes)
     assert unequal(everything(fresh), everything(roles)) == []
     assert asdict(again) == asdict(FULL_PROGRESS)
     assert [chunk.size for chunk in sizes.values()] == [16, 8, 2]
@@ -233,7 +233,7 @@ def test_without_a_checkpoint_everything_stays_as_it_is(base, tmp_path):
     roles = roles_of(base)
     learner, before = learner_of(roles, section_of()), everything(roles)
     progress, sizes = Progress(kl_coefficient=0.3), chunks(4, 3, 2)
-    work = restore(CheckpointStore(tmp_path, keep=1), progress, roles, learner.optimisers, sizes)
+    work = restore(CheckpointStore(tmp_path, keep=1).latest(), progress, roles, learner.optimisers, sizes)
     assert_equal(work, Work())
     assert progress == Progress(kl_coefficient=0.3)
     assert unequal(everything(roles), before) == []
@@ -248,7 +248,7 @@ def test_a_saved_state_is_of_its_moment_and_does_not_follow_the_run(tmp_path):
     work.position.totals["policy_loss"].append(9.0)
     work.scored.score_B.add_(1.0)
     again = Progress()
-    rest = restore(store, again, NO_ROLES, {}, {})
+    rest = restore(store.latest(), again, NO_ROLES, {}, {})
     assert again.costs == [1.0]
     assert rest.position.totals["policy_loss"] == [0.1, -0.0]
     assert torch.equal(rest.scored.score_B, full_work().scored.score_B)

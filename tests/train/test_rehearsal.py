@@ -9,11 +9,9 @@ from direct_rlhf.data.tokens import load_tokens
 from direct_rlhf.data.types import Prompt, Turn
 from direct_rlhf.errors import BackendError, DivergenceError, Interrupted, OutOfMemoryError
 from direct_rlhf.models import forward as forward_module
-from direct_rlhf.models import scalar as scalar_module
-from direct_rlhf.models.forward import states
 from direct_rlhf.models.reward_model import RewardModel
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY
-from direct_rlhf.run.checkpoints import pack
+from direct_rlhf.run.packing import pack
 from direct_rlhf.train import update as update_module
 from direct_rlhf.train.experience import Judges
 from direct_rlhf.train.rehearsal import rehearse
@@ -113,12 +111,13 @@ def fails_at_full_length(module, error=RuntimeError):
 def watch_states(monkeypatch, look):
     """``look(model, ids_BL, mask_BL)`` before every forward pass of any role."""
 
+    inner = forward_module._states
+
     def watched(model, ids_BL, mask_BL):
         look(model, ids_BL, mask_BL)
-        return states(model, ids_BL, mask_BL)
+        return inner(model, ids_BL, mask_BL)
 
-    for module in (forward_module, scalar_module):
-        monkeypatch.setattr(module, "states", watched)
+    monkeypatch.setattr(forward_module, "_states", watched)
 
 
 @pytest.mark.promise("R5")

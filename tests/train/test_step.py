@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from direct_rlhf.errors import DivergenceError
 from direct_rlhf.recipe.schema import OptimiserSection
-from direct_rlhf.run.checkpoints import pack, unpack
+from direct_rlhf.run.packing import pack, unpack
 from direct_rlhf.train.step import GradientSpikes, Optimiser, learning_rate
 
 BAD = [(math.nan, 1.0), (math.inf, 1.0), (0.5, math.nan), (0.5, -math.inf)]  # loss, one component of the gradient

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from direct_rlhf.errors import DivergenceError, Interrupted, OutOfMemoryError
+from direct_rlhf.maths.mismatch import Correction
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY
 from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.rollout import native
-from direct_rlhf.run.checkpoints import pack, unpack
+from direct_rlhf.run.packing import pack, unpack
 from direct_rlhf.train import update as update_module
 from direct_rlhf.train.update import Position, TextWindows, critic_gradients, policy_gradients, update
 from toys import toy_folder
@@ -109,6 +110,26 @@ def test_micro_batches_change_neither_gradient_nor_statistics(exact_roles, role,
         assert values["ratio_mean"] > 0.5
     else:
         assert 0.1 < values["value_clip_fraction"] < 0.9
+
+
+def test_importance_weights_of_1_change_no_bit_and_others_weigh_each_token(exact_roles):
+    """A positive weight times the clipped loss is the clipped loss of that many times the advantage."""
+    plain = experience_of(uneven())
+    ones = torch.ones_like(plain.advantage_BT)
+    weight = ones + torch.rand(ones.shape, generator=torch.Generator().manual_seed(3))
+    nothing = torch.tensor(0.0)
+
+    def weighted(weight_BT):
+        return replace(plain, correction=Correction(weight_BT, nothing, nothing))
+
+    gradient, values = one_step(exact_roles, POLICY, plain, 3)
+    same, also = one_step(exact_roles, POLICY, weighted(ones), 3)
+    assert torch.equal(same, gradient)
+    assert also == values
+    other, _ = one_step(exact_roles, POLICY, weighted(weight), 3)
+    expected, _ = one_step(exact_roles, POLICY, replace(plain, advantage_BT=plain.advantage_BT * weight), 3)
+    torch.testing.assert_close(other, expected, atol=1e-6, rtol=0)  # advantages are float32
+    assert (other - gradient).abs().max() > 1e-3
 
 
 @pytest.mark.promise("N4")

@@ -8,7 +8,7 @@ The held-out split hashes the prompt alone: no seed, file order or other row mov
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -68,12 +68,16 @@ def load_preferences(
 ) -> PreferenceData:
     """All preference pairs of the recipe. ``dialogue`` gives the markers of transcripts (`format: implicit`).
 
-    ``seed`` chooses which rows a source of weight below 1 uses; the split and all else do not depend on it.
+    ``seed`` chooses which rows a source of weight below 1 uses; the split and all else do not depend on it. With a
+    mixture they come in the order of their content, whatever that of the files, and of a pair that stands in several
+    kinds the one of the first name stays.
     Errors: ConfigError if there is no source; DataError for a damaged file or too many malformed rows.
     """
     if not section.preferences:
         raise ConfigError("data.preferences is empty: name at least one source of preference pairs.")
     found: _Found[PreferencePair] = _read(section, "preferences", section.preferences, folder, dialogue)
+    if section.mixture.type != "none":
+        found.rows.sort(key=lambda row: _content(row[1]))
     pairs = _unique(found, lambda pair: pair.id)
     train, held_out = _split(pairs, section, seed, lambda pair: (pair.id, prompt_hash(pair.prompt)))
     counts = found.counts(len(pairs))
@@ -92,6 +96,8 @@ def load_prompts(
     if not sources:
         raise ConfigError("data.prompts and data.preferences are empty: name at least one source of prompts.")
     found: _Found[Prompt] = _read(section, "prompts", sources, folder, dialogue)
+    if section.mixture.type != "none":
+        found.rows.sort(key=lambda row: _content(row[1]))
     prompts = _unique(found, lambda prompt: prompt.id)
     train, held_out = _split(prompts, section, seed, lambda prompt: (prompt.id, prompt.id))
     return PromptData(tuple(train), tuple(held_out), tuple(found.rejected), found.counts(len(prompts)), found.formats)
@@ -268,6 +274,11 @@ def _check_share(path: str, good: int, rejected: Sequence[RejectedRow], limit: f
         )
     if not good:
         raise DataError(f"{path}: none of its {read} rows can be used. First: {examples}.")
+
+
+def _content(row: PreferencePair | Prompt) -> tuple[str, str, str]:
+    """A key that orders rows by all they hold but their place in a file."""
+    return row.id, row.kind, repr(replace(row, source=""))
 
 
 def _unique(found: _Found[T], key: Callable[[T], str]) -> list[tuple[DataSource, T]]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from direct_rlhf.data.dialogue import DialogueFormat, EncodedDialogue
 from direct_rlhf.data.load import fits, load_preferences, load_prompts, load_text_data
+from direct_rlhf.data.mixture import outlook
 from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.data.types import PreferencePair, RejectedRow, Turns
 from direct_rlhf.recipe.schema import DataSection, DialogueSection
@@ -38,7 +39,7 @@ def show(
 ) -> None:
     """Prints sources, counts, dropped rows with reasons, lengths, and the first ``rows`` pairs as tokens.
 
-    Errors: those of loading.
+    Errors: those of loading, and of a mixture that the data do not allow.
     """
     form = DialogueFormat(dialogue, tokens)
     if section.preferences:
@@ -46,6 +47,8 @@ def show(
         pairs = list(islice(dict.fromkeys((*data.train, *data.held_out)), MEASURED_PAIRS))
         _print_sources(console, "preference pairs", data.formats, data.counts)
         _print_split(console, len(data.train), len(data.held_out))
+        if section.mixture.type != "none":
+            console.print(Text(f"  mixture: {outlook(section.mixture, data.train, data.held_out)}\n"))
         kept, too_long = fits(track(pairs, "measuring", console=console, transient=True), form, section)
         _print_rejected(console, data.rejected, "Rows not used")
         _print_rejected(console, too_long, f"Pairs not used with this tokenizer, of the first {len(pairs):,}")

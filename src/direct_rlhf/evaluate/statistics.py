@@ -101,6 +101,27 @@ def paired_difference(
     return Difference(delta, low, high, p, len(pairs), dropped, worst, best, _verdict(low, high, dropped, worst, best))
 
 
+def lowest_difference(items_a: Iterable[Item], items_b: Iterable[Item], *, draws: int, seed: int) -> Difference:
+    """Paired bootstrap of the lowest task mean of a minus the lowest of b, which may be another task's.
+
+    Cases:   one task: as `paired_difference`; equal items: 0.
+    Items that only one of the two has a value for are left out and counted.
+    """
+    a_by_key = {(item.task, item.id): item for item in items_a if item.value is not None}
+    b_by_key = {(item.task, item.id): item for item in items_b if item.value is not None}
+    keys = sorted(a_by_key.keys() & b_by_key.keys())
+    dropped = len(a_by_key.keys() | b_by_key.keys()) - len(keys)
+    both = [_by_task((a_by_key[key], float(side[key].value or 0.0)) for key in keys) for side in (a_by_key, b_by_key)]
+    if not keys or any(len(task.total_C) < 2 for task in both[0]):
+        return Difference(None, None, None, None, len(keys), dropped, None, None, "nothing to compare")
+    delta = min(task.mean for task in both[0]) - min(task.mean for task in both[1])
+    # the same clusters are drawn for both: a draw depends on the task's name and size alone
+    low_aD, low_bD = (np.min([_task_draws(task, draws, seed) for task in tasks], axis=0) for tasks in both)
+    low, high, p = _interval(low_aD - low_bD)
+    verdict = "not decided" if dropped else _verdict(low, high, 0, delta, delta)
+    return Difference(delta, low, high, p, len(keys), dropped, None, None, verdict)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values adjusted for making all these comparisons (family-wise error). Source: Holm 1979."""
     adjusted = [0.0] * len(p_values)
@@ -144,11 +165,15 @@ def _bootstrap(
     """(low, high, two-sided p of mean = 0) of the equally weighted task means; Nones if a task has one cluster only."""
     if any(len(task.total_C) < 2 for task in tasks):
         return None, None, None
-    mean_D = np.mean([_task_draws(task, draws, seed) for task in tasks], axis=0)
-    low, high = np.quantile(mean_D, (0.025, 0.975))
+    return _interval(np.mean([_task_draws(task, draws, seed) for task in tasks], axis=0))
+
+
+def _interval(value_D: Floats) -> tuple[float, float, float]:
+    """(low, high, two-sided p of 0) of a statistic's draws."""
+    low, high = np.quantile(value_D, (0.025, 0.975))
     # the added draw is the sample itself: a p value is never 0
-    tail = min(int((mean_D <= 0).sum()), int((mean_D >= 0).sum())) + 1
-    return float(low), float(high), min(1.0, 2 * tail / (draws + 1))
+    tail = min(int((value_D <= 0).sum()), int((value_D >= 0).sum())) + 1
+    return float(low), float(high), min(1.0, 2 * tail / (len(value_D) + 1))
 
 
 def _task_draws(task: _Task, draws: int, seed: int) -> Floats:

@@ -36,7 +36,7 @@ def evaluate_arm(ctx: StageContext, arm: str, model_path: str, *, folder: Path |
     from direct_rlhf.models.loading import load_causal_lm, parameters_sha256
 
     recipe = ctx.recipe
-    options = {"trust_remote_code": recipe.model.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code}
     # a revision names a state of the base's repository; the other arms were made here
     revision = recipe.model.revision if arm == "base" else None
     tokens = load_tokens(model_path, revision=revision, folder=folder, **options)
@@ -82,7 +82,7 @@ def compare(
             paths = [place / name / f"{suite}.jsonl" for name in (arm, other)]
             if not all(path.exists() for path in paths):
                 continue
-            ours, theirs = (_by_metric(suite, read_items(path)) for path in paths)
+            ours, theirs = (by_metric(suite, read_items(path)) for path in paths)
             value_range = SCORES if suite == "conversation" else (0.0, 1.0)
             found = {
                 metric: paired_difference(ours[metric], theirs[metric], **settings, value_range=value_range)
@@ -93,7 +93,7 @@ def compare(
             tested.pop("general.mean", None)
             adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
             for metric, difference in found.items():
-                row = {"arm": arm, "against": other, "metric": metric, **_difference(difference)}
+                row = {"arm": arm, "against": other, "metric": metric, **difference_record(difference)}
                 rows.append(row | ({"p_holm": adjusted[metric]} if metric in adjusted else {}))
     write_json(place / "comparisons.json", rows)
     if "conversation" in evaluation.suites and evaluation.conversation.pairwise:
@@ -103,7 +103,7 @@ def compare(
     return rows
 
 
-def _by_metric(suite: str, items: Sequence[Item]) -> dict[str, list[Item]]:
+def by_metric(suite: str, items: Sequence[Item]) -> dict[str, list[Item]]:
     """Metric -> its items. Items of a task's further answer filters (`task/filter`) and of the lens belong to none."""
     if suite == "conversation":
         return {"conversation.score": list(items)}
@@ -116,7 +116,7 @@ def _by_metric(suite: str, items: Sequence[Item]) -> dict[str, list[Item]]:
     return found
 
 
-def _difference(found: Difference) -> dict[str, Any]:
+def difference_record(found: Difference) -> dict[str, Any]:
     return {
         "difference": found.difference,
         "ci": None if found.low is None else [found.low, found.high],

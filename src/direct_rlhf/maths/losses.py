@@ -33,19 +33,20 @@ def policy_loss(
     *,
     clip: float,
     dual_clip: float | None = None,
+    weight_BT: Tensor | None = None,
     denominator: float | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate loss of PPO.
 
         ratio = exp(clamp(logp - old, +-20))
         loss  = max(-A ratio, -A clip(ratio, 1-clip, 1+clip));   where A < 0, at most -A dual_clip if that is given
-        mean over the True slots
+        mean over the True slots of weight loss;   the weight is a constant, 1 if none is given
 
-    Cases:   ratio 1: the policy gradient; clip=inf: no clip; no True slot: 0.
+    Cases:   ratio 1: the policy gradient; clip=inf: no clip; weight 1: as without, bit for bit; no True slot: 0.
     Shapes:  all [B, T].
     Units:   those of the advantage.
     Errors:  ValueError if shapes differ, the mask is not bool, clip is not positive, or dual_clip is not above 1.
-    Source:  Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729.
+    Source:  Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729; weight: `mismatch.py`.
     """
     _check_clip(clip)
     if dual_clip is not None and not dual_clip > 1:
@@ -58,6 +59,9 @@ def policy_loss(
     if dual_clip is not None:
         bounded_BT = torch.minimum(loss_BT, -advantage_BT * dual_clip)
         loss_BT = torch.where(advantage_BT < 0, bounded_BT, loss_BT)
+    if weight_BT is not None:
+        (weight_BT,) = selected(mask_BT, weight_BT.detach())
+        loss_BT = weight_BT * loss_BT
     with torch.no_grad():
         means = [
             masked_mean(x_BT, mask_BT, denominator)

@@ -14,7 +14,7 @@ a CPU's allocator.
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from direct_rlhf.models.loading import add_lora, zero_dropout
 from direct_rlhf.models.scalar import ScalarModel
+from direct_rlhf.models.sizes import nf4_bytes
 from direct_rlhf.recipe.schema import LoraSection
 
 ALIGNMENT = 64  # of a tensor's bytes on a CPU
@@ -213,13 +214,22 @@ class Weightless:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveTensors(heap, device)
 
-    def causal_lm(self, config: Any, dtype: str, lora: LoraSection | None = None, adapters: Sequence[str] = ()) -> Any:
+    def causal_lm(
+        self,
+        config: Any,
+        dtype: str,
+        lora: LoraSection | None = None,
+        adapters: Sequence[str] = (),
+        quantise: str = "none",
+    ) -> Any:
         """What `models.loading` would make of a transformers config: a causal LM, or one under LoRA adapters."""
         from transformers import AutoModelForCausalLM
 
         zero_dropout(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+            if quantise != "none":
+                _in_four_bits(model)
             for name in adapters:
                 assert lora is not None
                 model = add_lora(model, lora, name)
@@ -262,9 +272,49 @@ class Weightless:
             parameter.grad = self.like(parameter)
 
 
+class _FourBits(nn.Linear):
+    """Stands for bitsandbytes' Linear4bit: a packed weight that is made whole for each product, in both passes."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False, device="meta")
+        self.computed_in = like.weight.dtype
+        packed = -(-like.weight.numel() // 2)
+        scales = nf4_bytes(like.weight.numel()) - packed
+        self.weight = nn.Parameter(torch.empty(packed, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(scales, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.bias = like.bias
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as in torch)
+        found: Tensor = _FourBitProduct.apply(input.to(self.computed_in), self.out_features)
+        return (found if self.bias is None else found + self.bias).to(input.dtype)
+
+
+class _FourBitProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n_out: int) -> Tensor:
+        ctx.size = n_out, x.shape[-1]
+        return x @ x.new_empty(ctx.size).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ gradient.new_empty(ctx.size), None
+
+
+def _in_four_bits(model: Any) -> None:
+    """The model's linear layers, but its head, as bitsandbytes would store them."""
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and child is not head:
+                setattr(module, name, _FourBits(child))
+
+
 @contextmanager
 def weightless(heap: Heap | None = None, device: str = "cpu") -> Iterator[Weightless]:
     """Everything that is computed inside on the models it makes is counted, as if on ``device``, and not computed."""
+    with suppress(ImportError):  # PEFT imports it, where it is installed; its tables are none of the model's
+        import bitsandbytes  # noqa: F401
     plan = Weightless(heap, device)
     with plan.live:
         yield plan

@@ -10,6 +10,7 @@ causal attention apply. All-padding columns are cut off.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from direct_rlhf.errors import ConfigError
 from direct_rlhf.maths.attention import few_sizes
 from direct_rlhf.models.packed import hidden as packed_hidden
 from direct_rlhf.models.packed import packs, rows_of
+from direct_rlhf.models.sharded import call
 from direct_rlhf.precision import makes_kernels
 from direct_rlhf.rollout.decoder import compute_dtype
 
@@ -49,6 +51,10 @@ class States:
 
 def states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> States:
     """``model`` is a causal LM, its backbone alone, or either wrapped by PEFT; ``mask_BL`` is True on real tokens."""
+    return States(*call(model, partial(_states, model), ids_BL, mask_BL))
+
+
+def _states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mask_BL = mask_BL.bool()
     trunk = backbone(model)
     if packs(trunk) and bool(mask_BL.any()):
@@ -57,11 +63,11 @@ def states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> States:
         row_N, column_N = mask_BL[order_B].nonzero(as_tuple=True)
         row_N = order_B[row_N]
         lengths = tuple(length for length in length_B[order_B].tolist() if length)
-        return States(packed_hidden(trunk, ids_BL[row_N, column_N], rows_of(trunk, lengths)), row_N, column_N)
+        return packed_hidden(trunk, ids_BL[row_N, column_N], rows_of(trunk, lengths)), row_N, column_N
     ids_BM, slot_BL = _compact(ids_BL, mask_BL)
     hidden_BMH = _run_backbone(model, ids_BM)
     row_N, column_N = mask_BL.nonzero(as_tuple=True)
-    return States(hidden_BMH[row_N, slot_BL[row_N, column_N]], row_N, column_N)
+    return hidden_BMH[row_N, slot_BL[row_N, column_N]], row_N, column_N
 
 
 def token_logprobs(
@@ -83,11 +89,31 @@ def token_logprobs(
     Shapes:  all [B, L]; ``mask_BL`` is True on real tokens, ``target_mask_BL`` on those to be scored.
     Errors:  ValueError if a target is padding or the first token of its row (nothing precedes it).
     """
+    score = partial(
+        _token_logprobs,
+        model,
+        temperature=temperature,
+        entropy_gradient=entropy_gradient,
+        chunk_elements=chunk_elements,
+    )
+    return TokenLogprobs(*call(model, score, ids_BL, mask_BL, target_mask_BL))
+
+
+def _token_logprobs(
+    model: nn.Module,
+    ids_BL: Tensor,
+    mask_BL: Tensor,
+    target_mask_BL: Tensor,
+    *,
+    temperature: float,
+    entropy_gradient: bool,
+    chunk_elements: int,
+) -> tuple[Tensor, Tensor]:
     mask_BL, target_mask_BL = mask_BL.bool(), target_mask_BL.bool()
     first_BL = mask_BL.cumsum(dim=1) == 1
     if bool((target_mask_BL & (~mask_BL | first_BL)).any()):
         raise ValueError("a target slot is padding or the first token of its row, which nothing predicts")
-    found = states(model, ids_BL, mask_BL)
+    found = States(*_states(model, ids_BL, mask_BL))
     place_T = target_mask_BL[found.row_N, found.column_N].nonzero(as_tuple=True)[0]
     row_T, column_T = found.row_N[place_T], found.column_N[place_T]
     logprob_T, entropy_T = score_targets(
@@ -99,10 +125,7 @@ def token_logprobs(
         chunk_elements=chunk_elements,
     )
     empty_BL = torch.zeros(ids_BL.shape, dtype=torch.float32, device=ids_BL.device)
-    return TokenLogprobs(
-        logprob_BL=empty_BL.index_put((row_T, column_T), logprob_T),
-        entropy_BL=empty_BL.index_put((row_T, column_T), entropy_T),
-    )
+    return empty_BL.index_put((row_T, column_T), logprob_T), empty_BL.index_put((row_T, column_T), entropy_T)
 
 
 def causal_lm(model: nn.Module) -> Any:

@@ -2,12 +2,13 @@
 
 ``dtype`` is what parameters are held in. A model that is trained in full is loaded in float32 (master weights) and runs
 under ``autocast(device, "bfloat16")`` when the recipe says bfloat16; frozen copies and LoRA trunks are loaded in it.
+A LoRA trunk may be ``quantised``: its linear layers in 4 bits, computed in ``dtype``; all that is saved is plain again.
 """
 
+import copy
 import hashlib
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from direct_rlhf.errors import ConfigError
 from direct_rlhf.models.forward import causal_lm, check_head
 from direct_rlhf.recipe.references import HubReference, resolve_model
 from direct_rlhf.recipe.schema import LoraSection, ModelSection
+from direct_rlhf.run.atomic import replacing
 
 
 def load_causal_lm(
@@ -29,32 +31,66 @@ def load_causal_lm(
     device: str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantise: str = "none",
 ) -> Any:
     """A transformers causal LM in eval mode with all dropout zero, its parameters in ``dtype`` on ``device``.
 
-    ``ref`` is a folder, ``world:base`` or a hub id.
+    ``ref`` is a folder, ``world:base`` or a hub id. ``quantise`` as in the recipe's model section.
     Errors: ConfigError if it cannot be found, holds no safetensors, or its logits are not head(hidden state).
     """
     from transformers import AutoModelForCausalLM
 
-    model = load_pretrained(
-        AutoModelForCausalLM, ref, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    ).to(device)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    if quantise == "none":
+        model = load_pretrained(AutoModelForCausalLM, ref, **options).to(device)
+    else:
+        model = load_pretrained(AutoModelForCausalLM, ref, **options, device_map={"": device}, **_four_bits(dtype))
+        for module in model.modules():
+            # on a CPU its first forward without gradients would lay weights out anew, and lose later gradients
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     check_head(model)
     return model
 
 
+def _four_bits(dtype: str) -> dict[str, Any]:
+    """QLoRA's storage of frozen linear layers: normal floats in 4 bits, their scales in 8 (arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": config}
+
+
 def load_for(section: ModelSection, ref: str, *, dtype: str, device: str) -> Any:
-    """`load_causal_lm` with the recipe's hub revision and trust."""
+    """`load_causal_lm` with the recipe's hub revision, trust and quantisation."""
     return load_causal_lm(
-        ref, dtype=dtype, device=device, revision=section.revision, trust_remote_code=section.trust_remote_code
+        ref,
+        dtype=dtype,
+        device=device,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        quantise=section.quantise,
     )
 
 
 def load_pretrained(
-    auto_class: Any, ref: str | Path, *, dtype: str, revision: str | None = None, trust_remote_code: bool = False
+    auto_class: Any,
+    ref: str | Path,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **more: Any,
 ) -> Any:
-    """``auto_class.from_pretrained`` with the house rules: safetensors, dropout zero, eval mode, clear errors."""
+    """``auto_class.from_pretrained`` with the house rules: safetensors, dropout zero, eval mode, clear errors.
+
+    ``more`` is handed on to it.
+    """
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
@@ -81,6 +117,7 @@ def load_pretrained(
             use_safetensors=True,
             output_loading_info=True,
             **options,
+            **more,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # missing or damaged files, offline hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -170,21 +207,65 @@ def base_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def base_identity(section: ModelSection, model: nn.Module | None = None) -> str:
+    """Identity of the recipe's base as it computes; ``model`` is that base, if it is in memory.
+
+    Of a base in 4 bits it is that of the weights it was made from (devices may round them unlike), and says so.
+    """
+    if section.quantise == "none" and model is not None:
+        return base_sha256(model)
+    plain = section.model_copy(update={"quantise": "none"})
+    found = base_sha256(load_for(plain, section.base, dtype=section.dtype, device="cpu"))
+    return found if section.quantise == "none" else f"{section.quantise}:{found}"
+
+
 def merged_state(model: Any, adapter: str | None = None) -> dict[str, Tensor]:
     """The state dict of a plain model: LoRA deltas of ``adapter`` (default: the only one) added, their names gone.
 
     The wrapped model itself is not touched, since merging and unmerging in place would round its frozen weights.
+    Weights in 4 bits are the numbers that they stand for, in the type that they are computed in: the adapter was
+    trained on these, and not on those they were made from.
     Errors: ValueError if there are several adapters and none is named, or the named one is not there.
     """
     from peft.tuners.lora import LoraLayer
 
     inner, adapter = causal_lm(model), the_adapter(model, adapter)
     state = {_plain_name(name): tensor for name, tensor in inner.state_dict().items() if "lora_" not in name}
+    if _is_quantised(inner):
+        state = _dequantised(inner, state)
     for name, layer in inner.named_modules():
         if isinstance(layer, LoraLayer):
             weight, delta = state[f"{name}.weight"], layer.get_delta_weight(adapter).float()
             state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
     return state
+
+
+def _is_quantised(inner: Any) -> bool:
+    return getattr(inner, "hf_quantizer", None) is not None
+
+
+def _dequantised(inner: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with plain weights in the place of those in 4 bits and of what belongs to them."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    for full_name, weight in inner.named_parameters():
+        if isinstance(weight, Params4bit):
+            name = _plain_name(full_name)
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+            state[name] = dequantize_4bit(weight.data, weight.quant_state)
+    return state
+
+
+def _shell(inner: Any) -> Any:
+    """A plain model of the same architecture without storage, to be saved with a state of its own."""
+    config = copy.deepcopy(inner.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        shell = type(inner)(config)
+    shell.generation_config = inner.generation_config
+    return shell
 
 
 def the_adapter(model: Any, adapter: str | None = None) -> str:
@@ -218,11 +299,32 @@ def save_causal_lm(
         inner.generation_config.eos_token_id = [tokens.eos_id, *others] if others else tokens.eos_id
         inner.generation_config.pad_token_id = tokens.pad_id
         inner.generation_config.stop_strings = list(stop_strings) or None
-        inner.save_pretrained(temporary, state_dict=merged_state(model, adapter) if wrapped else None)
+        saved = _shell(inner) if _is_quantised(inner) else inner
+        saved.save_pretrained(temporary, state_dict=merged_state(model, adapter) if wrapped else None)
         if wrapped:
             save_adapter(model, temporary / "adapter", the_adapter(model, adapter))
         tokens.save(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_weights(model: Any, folder: Path, *, dtype: str, adapter: str) -> None:
+    """Write the weights alone, in ``dtype``, as another program loads them; a PeftModel merged with ``adapter``.
+
+    The folder appears by one rename when all is written.
+    """
+    inner = causal_lm(model)
+    state = inner.state_dict() if inner is model else merged_state(model, adapter)
+    made: dict[tuple[int, torch.Size], Tensor] = {}  # tied weights stay tied
+
+    def converted(tensor: Tensor) -> Tensor:
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in made:
+            made[place] = tensor.to("cpu", getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype)
+        return made[place]
+
+    with replacing(folder) as temporary:
+        saved = _shell(inner) if _is_quantised(inner) else inner
+        saved.save_pretrained(temporary, state_dict={name: converted(tensor) for name, tensor in state.items()})
 
 
 def save_adapter(model: Any, folder: Path, adapter: str) -> None:
@@ -234,27 +336,6 @@ def save_adapter(model: Any, folder: Path, adapter: str) -> None:
             file.rename(folder / file.name)
         nested.rmdir()
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """``with replacing(folder) as temporary``: what is written there takes the place of ``folder`` by a rename.
-
-    An exception leaves ``folder`` as it was and removes the temporary one.
-    """
-    temporary, old = (folder.with_name(f".{folder.name}.{word}") for word in ("writing", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _plain_name(name: str) -> str:

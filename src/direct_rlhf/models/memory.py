@@ -20,22 +20,26 @@ class ChunkSize:
 
     ``phase`` is how messages name it. ``size`` counts what the caller cuts its work into (rows, sequences, padded
     tokens); only `run` lowers it, and it is never raised again. ``report`` gets one line for each halving.
+    ``fixed``: several processes compute in step, so that one alone cannot go back and halve.
     """
 
-    def __init__(self, phase: str, size: int, report: Callable[[str], None] = log.warning) -> None:
+    def __init__(
+        self, phase: str, size: int, report: Callable[[str], None] = log.warning, *, fixed: bool = False
+    ) -> None:
         if size < 1:
             raise ValueError(f"{phase}: a chunk holds at least 1, got {size}")
         self.phase = phase
         self.size = size
         self.halvings = 0
         self._report = report
+        self._fixed = fixed
 
     def run(self, work: Callable[[int], T]) -> T:
         """``work(size)``, again with half the size for as long as memory runs out.
 
         ``work`` must be a pure function whose result does not depend on the size: a failed call may have done any part
         of it, and nothing of that is kept. What it adds to (gradients, lists, a progress bar) it must reset itself.
-        Errors: OutOfMemoryError where memory runs out at size 1; whatever else ``work`` raises, at once.
+        Errors: OutOfMemoryError where memory runs out at size 1, or is fixed; whatever else ``work`` raises, at once.
         """
         while True:
             try:
@@ -45,6 +49,13 @@ class ChunkSize:
                     raise
                 said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             # Outside the except block: the exception's traceback holds the failed call's tensors until it ends.
+            if self._fixed:
+                raise OutOfMemoryError(
+                    f"{self.phase}: out of memory with {self.size} padded slots at once ({said}). Where several "
+                    "processes compute in step, chunks do not shrink by themselves: go on with more processes, "
+                    "parallel.activation_checkpointing=true, a smaller ppo.micro_batch_tokens in a new run, or "
+                    "model.tuning=lora."
+                )
             if self.size == 1:
                 raise OutOfMemoryError(
                     f"{self.phase}: out of memory even with a chunk of 1 ({said}). Shorten prompts and answers "

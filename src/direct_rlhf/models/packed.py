@@ -8,6 +8,7 @@ Legend: N packed tokens, H hidden size, D head size.
 """
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from direct_rlhf.maths.attention import Rows, attend, few_sizes
+from direct_rlhf.models.recompute import recomputed
+from direct_rlhf.models.sharded import call
 from direct_rlhf.precision import makes_kernels
 from direct_rlhf.rollout.decoder import compute_dtype, in_family, window_of
 
@@ -60,20 +63,28 @@ def hidden(backbone: Any, ids_N: Tensor, rows: Rows) -> Tensor:
     cos, sin = backbone.rotary_emb(hidden_NH, _filled(rows.position_N, filler)[None])
     cos_N1D, sin_N1D = cos[0][:, None], sin[0][:, None]
     for index, layer in enumerate(backbone.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        normed = norm(hidden_NH, layer.input_layernorm)
-        query, key, value = (
-            linear(normed).unflatten(-1, (-1, attention.head_dim))
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if hasattr(attention, "q_norm"):
-            query, key = norm(query, attention.q_norm), norm(key, attention.k_norm)
-        query, key = rotate(query, cos_N1D, sin_N1D), rotate(key, cos_N1D, sin_N1D)
-        seen = attend(query, key, value, rows, window=window_of(backbone.config, index), scale=attention.scaling)
-        hidden_NH = hidden_NH + attention.o_proj(_filled(seen.flatten(1), filler))
-        normed = norm(hidden_NH, layer.post_attention_layernorm)
-        hidden_NH = hidden_NH + mlp.down_proj(gated(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        window = window_of(backbone.config, index)
+        step = partial(_layer, layer, cos_N1D=cos_N1D, sin_N1D=sin_N1D, rows=rows, window=window, filler=filler)
+        hidden_NH = call(layer, recomputed(layer, step), hidden_NH)
     return norm(hidden_NH, backbone.norm)[:n_tokens]
+
+
+def _layer(
+    layer: Any, hidden_NH: Tensor, *, cos_N1D: Tensor, sin_N1D: Tensor, rows: Rows, window: int | None, filler: int
+) -> Tensor:
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = norm(hidden_NH, layer.input_layernorm)
+    query, key, value = (
+        linear(normed).unflatten(-1, (-1, attention.head_dim))
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):
+        query, key = norm(query, attention.q_norm), norm(key, attention.k_norm)
+    query, key = rotate(query, cos_N1D, sin_N1D), rotate(key, cos_N1D, sin_N1D)
+    seen = attend(query, key, value, rows, window=window, scale=attention.scaling)
+    hidden_NH = hidden_NH + attention.o_proj(_filled(seen.flatten(1), filler))
+    normed = norm(hidden_NH, layer.post_attention_layernorm)
+    return hidden_NH + mlp.down_proj(gated(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
 def _filled(x: Tensor, filler: int) -> Tensor:

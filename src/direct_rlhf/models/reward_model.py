@@ -25,11 +25,12 @@ from direct_rlhf.data.tokens import Tokens, load_tokens
 from direct_rlhf.data.types import Turns
 from direct_rlhf.errors import CheckpointError, ConfigError, DataError
 from direct_rlhf.models.batches import BATCH_TOKENS, SCORE_FACTOR, by_length, padded
-from direct_rlhf.models.loading import autocast, load_causal_lm, load_pretrained, replacing, save_adapter
+from direct_rlhf.models.loading import autocast, load_causal_lm, load_pretrained, save_adapter
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import DialogueSection
 from direct_rlhf.rollout.types import SamplingSettings
+from direct_rlhf.run.atomic import replacing
 
 FORMAT = 1
 ADAPTER = "reward"
@@ -69,6 +70,7 @@ class Facts:
     base_sha256: str
     tokenizer_sha256: str
     tuning: str  # full or lora
+    quantise: str = "none"  # of the base under a LoRA adapter
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def _load_adapter(folder: Path, facts: Facts, dtype: str, device: str, trunk: An
     from peft import PeftModel
 
     if trunk is None:
-        trunk = load_causal_lm(facts.base, dtype=dtype, device=device, revision=facts.revision)
+        trunk = load_causal_lm(facts.base, dtype=dtype, device=device, revision=facts.revision, quantise=facts.quantise)
     if not isinstance(trunk, PeftModel):
         return PeftModel.from_pretrained(trunk, folder / "adapter", adapter_name=adapter).eval()
     before = trunk.active_adapter

@@ -9,7 +9,7 @@ Legend: B sequences, L token slots.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,28 @@ from direct_rlhf.models.scalar import ScalarModel
 from direct_rlhf.recipe.schema import ModelSection
 
 POLICY, CRITIC, COST_CRITIC = "policy", "critic", "cost_critic"
+
+
+class Place(Protocol):
+    """Where models lie: loaded on ``loads_on``, then put in place (over several processes, where there are)."""
+
+    @property
+    def loads_on(self) -> str: ...
+    def trained(self, module: Any) -> Any: ...
+    def frozen(self, module: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class OneDevice:
+    """The place of one process: whole models on its device."""
+
+    loads_on: str
+
+    def trained(self, module: Any) -> Any:
+        return module
+
+    def frozen(self, module: Any) -> Any:
+        return module
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,10 @@ class Roles:
         """The trained tensors of one of `trained`, by name (copies that later steps do not change)."""
         return {name: parameter.detach().clone() for name, parameter in self._named(role)}
 
+    def named(self, role: str) -> dict[str, nn.Parameter]:
+        """The trained parameters of one of `trained`, by the names that `state` gives them."""
+        return dict(self._named(role))
+
     def load_state(self, role: str, state: dict[str, Tensor]) -> None:
         named = dict(self._named(role))
         if named.keys() != state.keys():
@@ -108,19 +134,24 @@ def full_roles(
     device: str,
     cost_critic: ScalarModel | None = None,
     with_cost: bool = False,
+    place: Place | None = None,
 ) -> Roles:
     """Policy (float32 master weights) and frozen reference from ``init``; critics as given, or a zero head on it."""
-    policy = load_for(section, init, dtype="float32", device=device)
-    reference = load_for(section, init, dtype=section.dtype, device=device)
+    place = place or OneDevice(device)
+    where = place.loads_on
+    policy = place.trained(load_for(section, init, dtype="float32", device=where).requires_grad_(True))
+    reference = place.frozen(load_for(section, init, dtype=section.dtype, device=where).requires_grad_(False))
 
     def ready(given: ScalarModel | None) -> ScalarModel:
-        fresh = given or ScalarModel.zero(load_for(section, init, dtype="float32", device=device))
-        return fresh.requires_grad_(True)
+        if given is not None:
+            return given.requires_grad_(True)
+        fresh = ScalarModel.zero(load_for(section, init, dtype="float32", device=where)).requires_grad_(True)
+        return place.trained(fresh)
 
     return Roles(
-        policy.requires_grad_(True),
+        policy,
         ready(critic),
-        reference.requires_grad_(False),
+        reference,
         device,
         section.dtype,
         ready(cost_critic) if with_cost else None,
@@ -135,6 +166,14 @@ def lora_roles(section: ModelSection, init: str, *, device: str, seed: int, with
         policy = add_lora(policy, section.lora, COST_CRITIC, seed=seed + 2)
     cost_critic = ScalarModel.zero(policy) if with_cost else None
     return Roles(policy, ScalarModel.zero(policy), None, device, section.dtype, cost_critic)
+
+
+def put_in_place(roles: Roles, place: Place) -> None:
+    """LoRA's shared trunk, and then the critics' heads, once every adapter is on it."""
+    place.trained(roles.policy)
+    for critic in (roles.critic, roles.cost_critic):
+        if critic is not None:
+            place.trained(critic.head)
 
 
 def critic_from_adapter(roles: Roles, role: str, adapter: str, head: nn.Linear, mean: float, std: float) -> None:

@@ -7,10 +7,10 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from direct_rlhf.models.forward import backbone, causal_lm, states
+from direct_rlhf.models.sharded import call
 
 HEAD_SCALE = 0.1  # spread of a fresh reward head's scores, in nats of preference, for hidden states of unit size
 
@@ -52,12 +52,18 @@ class ScalarModel(nn.Module):
 
     def values(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """One number per token, float32 [B, L], 0 where ``mask_BL`` is False."""
+        return call(self, self._values, ids_BL, mask_BL)
+
+    def _values(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         found = states(self.trunk, ids_BL, mask_BL)
         empty_BL = torch.zeros(ids_BL.shape, dtype=torch.float32, device=ids_BL.device)
         return empty_BL.index_put((found.row_N, found.column_N), self._apply_head(found.hidden_NH))
 
     def scores(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """The number at each row's last real token, float32 [B]."""
+        return call(self, self._scores, ids_BL, mask_BL)
+
+    def _scores(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         slots_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         last_B = torch.where(mask_BL.bool(), slots_L, -1).max(dim=1).values
         if bool((last_B < 0).any()):
@@ -69,7 +75,7 @@ class ScalarModel(nn.Module):
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.head.weight, self.head.bias).squeeze(-1)
+            return self.head(hidden.float()).squeeze(-1)
 
 
 def _own_trunk(model: Any, copy_trunk: bool) -> nn.Module:

@@ -7,7 +7,14 @@ of the starting values); shipped recipes state what they change.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Arm = Literal["base", "sft", "sft_ppo", "dpo", "direct_ppo"]
 Suite = Literal["general", "conversation", "toxicity"]
@@ -61,8 +68,26 @@ class ModelSection(Section):
     """full: four separate models. lora: one frozen trunk with adapters for policy, critic and reward."""
     lora: LoraSection = LoraSection()
     """The adapters; used when tuning is lora."""
+    quantise: Literal["none", "nf4"] = "none"
+    """nf4: the frozen trunk in 4 bits (QLoRA, by bitsandbytes); with tuning lora, in one process."""
     trust_remote_code: bool = False
     """Dangerous: runs code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _only_frozen_weights_in_four_bits(self) -> "ModelSection":
+        if self.quantise != "none" and self.tuning == "full":
+            raise ValueError(
+                f"quantise = {self.quantise}: weights in 4 bits cannot be trained; set tuning: lora, or quantise: none"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_quantisation(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without it has the text, the hash and the fingerprints that it had before there was any."""
+        found: dict[str, Any] = values(self)
+        if self.quantise == "none":
+            del found["quantise"]
+        return found
 
 
 class DialogueSection(Section):
@@ -91,6 +116,81 @@ class DataSource(Section):
     """Use only the first so many good rows."""
 
 
+class NoMixture(Section):
+    type: Literal["none"] = "none"
+    """All pairs, each as often as the weight of its source says."""
+
+
+class HeuristicMixture(Section):
+    type: Literal["heuristic"]
+    """Shares of the kinds of pairs, by hand or from their sizes."""
+    shares: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Weight of every kind (0 leaves it out); their sum counts as 1. Default: from the sizes, by `temperature`."""
+    temperature: float | None = Field(1.0, gt=0)
+    """Without `shares`, a kind of n pairs gets a share proportional to n^(1 / this): 1 = as the data are, larger = more
+    alike; null = all kinds alike."""
+    pairs: int | None = Field(None, ge=1)
+    """Training pairs that the mixture ends with; a pair is used at most 4 times. Default: as many as there are."""
+
+    @model_validator(mode="after")
+    def _some_share(self) -> "HeuristicMixture":
+        if self.shares and not any(self.shares.values()):
+            raise ValueError("shares: all of them are 0; give at least one kind a share")
+        return self
+
+
+class ScoredMixture(Section):
+    """A selection by the margins D_k = r_k(chosen) - r_k(rejected), with a reward model r_k for each kind of pair."""
+
+    type: Literal["reward_selected", "low_conflict"]
+    models: dict[str, str] = {}
+    """Reward models by kind: folders that earlier runs made for this base. Each kind that is not named here gets one in
+    this run, trained on its pairs as `reward` says."""
+    second_seed: bool = False
+    """Train each of those a second time with another seed, to report how often both would select alike."""
+    delta: float = Field(0.25, ge=0)
+    """Margin, in standard deviations of the base's scores, from which two kinds count as in conflict over a pair."""
+    pairs: int | None = Field(None, ge=1)
+    """Training pairs that the mixture ends with, drawn from the selected ones or these repeated (each at most 4 times).
+    Default: all that are selected, once."""
+
+
+class RewardSelectedMixture(ScoredMixture):
+    type: Literal["reward_selected"]
+    """Pairs on which the reward models together agree with the label: M = sum of g_k D_k."""
+    gate: Literal["own", "fixed", "learnt"] = "own"
+    """The weights g: `own_weight` for the pair's kind and the rest equal; `weights`; or, learnt for each kind, those
+    under which sigma(M) makes the labels of its held-out pairs likeliest."""
+    own_weight: float = Field(0.5, ge=0, le=1)
+    """For `own`."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """For `fixed`: the weight of every kind; their sum counts as 1."""
+    rule: Literal["gated", "agree"] = "gated"
+    """gated: M above `min_margin`, and of these the best `fraction`. agree: M above 0 and every D_k at least -delta."""
+    min_margin: float = 0.0
+    """For `gated`."""
+    fraction: float = Field(0.5, gt=0, le=1)
+    """For `gated`: the share that is kept of the pairs above `min_margin`."""
+
+    @model_validator(mode="after")
+    def _weights_for_a_fixed_gate(self) -> "RewardSelectedMixture":
+        if self.gate == "fixed" and not any(self.weights.values()):
+            raise ValueError("gate = fixed needs weights, one for every kind of pair and not all of them 0")
+        if self.gate != "fixed" and self.weights:
+            raise ValueError(f"weights: the gate is {self.gate}, which has no use for them; set gate: fixed")
+        return self
+
+
+class LowConflictMixture(ScoredMixture):
+    type: Literal["low_conflict"]
+    """All pairs but those that one kind's reward model favours by more than delta and another's opposes by more."""
+
+
+Mixture = Annotated[
+    NoMixture | HeuristicMixture | RewardSelectedMixture | LowConflictMixture, Field(discriminator="type")
+]
+
+
 class DataSection(Section):
     path: str | None = None
     """Folder that relative source paths start from. Default: the recipe's own folder, then the working folder."""
@@ -108,9 +208,32 @@ class DataSection(Section):
     """A longer answer drops its pair, counted."""
     max_bad_rows: float = Field(0.01, ge=0, le=1)
     """Share of malformed rows above which the run stops."""
+    mixture: Mixture = NoMixture()
+    """Which training pairs are used, and how often: the balance between their kinds. Its `type` says how."""
+
+    @model_validator(mode="after")
+    def _a_mixture_decides_how_often(self) -> "DataSection":
+        weighted = [(at, source.weight) for at, source in enumerate(self.preferences) if source.weight != 1]
+        if weighted and self.mixture.type != "none":
+            at, weight = weighted[0]
+            raise ValueError(
+                f"preferences.{at}.weight = {weight:g}: with a mixture, data.mixture decides how often pairs are used; "
+                "leave the weight at 1"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_an_unused_mixture(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without a mixture has the text, the hash and the fingerprints that it had before there were any."""
+        found: dict[str, Any] = values(self)
+        if self.mixture.type == "none":
+            del found["mixture"]
+        return found
 
 
 class OptimiserSection(Section):
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: moments in float32. adamw_8bit: in 8 bits with a scale for every 256 (bitsandbytes), in one process."""
     learning_rate: float = Field(1e-4, gt=0, lt=1)
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -131,6 +254,14 @@ class OptimiserSection(Section):
     """A gradient norm this many standard deviations above the last 128 steps' mean is reported with its batch."""
     skip_spikes: bool = False
     """Leave such a step out as well."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_kind(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As with ``model.quantise``: the usual AdamW goes without saying, as before there was another one."""
+        found: dict[str, Any] = values(self)
+        if self.kind == "adamw":
+            del found["kind"]
+        return found
 
 
 class FitnessSection(Section):
@@ -413,6 +544,59 @@ class PpoSection(Section):
         return self
 
 
+class VllmSection(Section):
+    """vLLM as it samples for PPO. Nothing here may change a result but by rounding."""
+
+    mode: Literal["server", "colocated"] = "server"
+    """server: a running `vllm serve`. colocated: an engine on this process's GPU, asleep while PPO trains."""
+    url: str | None = Field(None, pattern=r"^https?://", json_schema_extra={"must": "start with http:// or https://"})
+    """server: its address, such as http://127.0.0.1:8000."""
+    model: str | None = Field(None, min_length=1)
+    """server: the model's name there. Default: the only one that it serves."""
+    api_key_env: str | None = Field(None, min_length=1)
+    """server: environment variable that holds its key; it is read there only. null: the server wants none."""
+    weights: str | None = Field(None, min_length=1)
+    """Folder through which the policy's weights go to vLLM, under the same path there and here. Default: `weights` in
+    the run directory. A folder in memory, such as /dev/shm, is fastest where both are on one machine."""
+    timeout: float = Field(600.0, gt=0)
+    """server: seconds for an answer, or for loading weights, after which it is asked again."""
+    retries: int = Field(6, ge=0, le=20)
+    """server: further tries of a request that failed in a way that may pass."""
+    concurrency: int = Field(256, ge=1, le=4096)
+    """server: requests under way at a time, of each process."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """colocated: share of the GPU's memory that vLLM takes while it samples. The trainer's weights and optimisers stay
+    in the rest."""
+
+
+class CorrectionSection(Section):
+    """The difference between what an engine of other arithmetic says of its samples and what the trainer says."""
+
+    truncate: float = Field(2.0, ge=1)
+    """Each token's loss is weighted by min(p_trainer / p_sampler, this): truncated importance sampling."""
+    alert_above: float = Field(0.01, gt=0)
+    """An alert, where KL(sampler || trainer) stays above this: nats per token, mean of an iteration."""
+    stop_above: float = Field(0.1, gt=0)
+    """The run ends before it trains on samples above this: they are of other weights, or of another distribution."""
+
+
+class RolloutSection(Section):
+    """Who samples PPO's answers."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """native: this package, in the trainer's process, exactly. vllm: vLLM, faster with large models (extra `vllm`)."""
+    vllm: VllmSection = VllmSection()
+    """For `vllm`."""
+    correction: CorrectionSection = CorrectionSection()
+    """For `vllm`."""
+
+    @model_validator(mode="after")
+    def _a_server_has_an_address(self) -> "RolloutSection":
+        if self.engine == "vllm" and self.vllm.mode == "server" and self.vllm.url is None:
+            raise ValueError("engine = vllm with mode = server needs vllm.url, the server's address")
+        return self
+
+
 class GeneralSection(Section):
     tasks: list[str] = ["world"]
     """`world` = the 11 embedded tasks, `standard` = the field's 11 tests (`standard:NAME` = one of them), lm-eval task
@@ -593,6 +777,67 @@ class LoggingSection(Section):
     """Rollouts written to samples.jsonl per iteration."""
 
 
+class ParallelSection(Section):
+    """Several processes (`direct-rlhf run RECIPE --nproc N`, or torchrun). Nothing here changes a result."""
+
+    shard_size: int | None = Field(None, ge=1)
+    """Processes that share one copy of a trained model's weights, gradients and optimiser states. 1: each holds all.
+    Default: all processes share one."""
+    shard_frozen: bool = True
+    """Share the frozen models (reference, reward model) too; false: each process holds them whole. A LoRA trunk goes
+    with its adapters."""
+    reshard_after_forward: bool = True
+    """Let go of a layer's gathered weights until its backward pass; false: keep them, for less communication."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the layer again in the backward pass; with one process too."""
+    asynchronous_checkpoints: bool = False
+    """Write checkpoints of several processes while training goes on; a copy of what is saved waits in CPU memory."""
+    dead_after: float = Field(30.0, ge=2)
+    """Seconds without a sign of life after which a process counts as dead or stopped, which ends the run."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds that a process waits for the others in one exchange, however alive they are."""
+    grace: float = Field(120.0, ge=0)
+    """Seconds that torchrun leaves the processes to save and stop, before it kills them (set by `--nproc`)."""
+
+    @model_validator(mode="after")
+    def _the_dead_are_found_first(self) -> "ParallelSection":
+        if self.dead_after >= self.timeout:
+            raise ValueError(
+                f"dead_after ({self.dead_after:g}) must be below timeout ({self.timeout:g}), or no cause would be named"
+            )
+        return self
+
+
+class MergeSearch(Section):
+    """One way of merging, and the settings that are tried on the validation questions."""
+
+    method: str = Field(min_length=1)
+    """The merge method, as in a merge file."""
+    settings: dict[str, Any] = {}
+    """Its parameters that stay as they are, as in a merge file."""
+    grid: dict[str, list[Any]] = {}
+    """Parameters and the values that are tried; all combinations are."""
+
+
+class ThreeHSection(Section):
+    """The study of helpful, honest, harmless: is the balance better reached by mixing the data or by merging models?"""
+
+    kinds: list[str] = Field(["helpful", "honest", "harmless"], min_length=2)
+    """The H's: kinds of pairs, each with an expert, and categories of the questions."""
+    paradigms: list[Literal["dpo", "direct_ppo"]] = Field(["dpo", "direct_ppo"], min_length=1)
+    """How experts and mixtures are trained."""
+    pairs: int | None = Field(None, ge=2)
+    """Training pairs of each mixture, and of all experts together, which share them equally. Default: all there are."""
+    mixtures: dict[str, Mixture] = {}
+    """The data mixtures, by name; `pairs` and the kinds' reward models are filled in."""
+    merges: dict[str, MergeSearch] = {}
+    """The ways of merging, by name."""
+    ablation: dict[str, MergeSearch] = {}
+    """Variants of one of them, in a table of their own."""
+    validation: str = "world:three_h_validation.jsonl"
+    """Questions that choose the settings, in the shape of evaluation.conversation.questions, which are the test."""
+
+
 class Recipe(Section):
     name: str = Field(
         "run",
@@ -626,10 +871,24 @@ class Recipe(Section):
     """Direct preference optimisation, for the arm dpo."""
     ppo: PpoSection = PpoSection()
     """PPO, for the arms direct_ppo and sft_ppo."""
+    rollout: RolloutSection = RolloutSection()
+    """Who samples PPO's answers: this package, or vLLM."""
     evaluation: EvaluationSection = EvaluationSection()
     """What every arm is measured on."""
     logging: LoggingSection = LoggingSection()
     """Where metrics and samples go."""
+    three_h: ThreeHSection | None = None
+    """A study of mixing against merging in place of the arms. Default: none."""
+    parallel: ParallelSection = ParallelSection()
+    """Several processes: how models lie in them, and when they give up on each other."""
+
+    @model_serializer(mode="wrap")
+    def _without_an_unused_rollout(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that says nothing of it has the text and the hash that it had before there was a choice."""
+        found: dict[str, Any] = values(self)
+        if self.rollout == RolloutSection():
+            del found["rollout"]
+        return found
 
     @model_validator(mode="after")
     def _arms_once(self) -> "Recipe":
@@ -637,4 +896,13 @@ class Recipe(Section):
             raise ValueError("arms: each arm may be named once")
         if "base" not in self.arms:
             raise ValueError("arms: base must be among them, it is what every arm is compared with")
+        return self
+
+    @model_validator(mode="after")
+    def _no_four_bits_over_an_update(self) -> "Recipe":
+        if self.model.quantise != "none" and "sft_ppo" in self.arms:
+            raise ValueError(
+                f"arms: sft_ppo starts from the SFT model, whose update model.quantise = {self.model.quantise} would "
+                "round away; leave that arm out, or set model.quantise: none"
+            )
         return self

@@ -9,6 +9,7 @@ import yaml
 
 from direct_rlhf import __version__
 from direct_rlhf.errors import ConfigError
+from direct_rlhf.report.mixture import in_words
 from direct_rlhf.report.read import RunData, TaskResult, mapping, read_run
 from direct_rlhf.report.samples import visible
 from direct_rlhf.report.words import (
@@ -145,6 +146,8 @@ def _training(run: RunData, arm: str) -> str:
         lines.append(
             f"- {role}: `{visible(source.get('path'))}` ({visible(source.get('kind', 'helpful'))}, weight {weight})"
         )
+    if arm != "base" and (mixed := in_words(run)):
+        lines.append(f"- mixture: {mixed}")
     seed = "not recorded" if run.seed is None else run.seed
     lines.append(f"- seed: {seed}; recipe SHA-256: `{visible(run.recipe_sha256 or 'not recorded')}`")
     name = "ppo" if arm.endswith("ppo") else arm

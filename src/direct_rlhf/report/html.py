@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from direct_rlhf import __version__
 from direct_rlhf.errors import ConfigError
-from direct_rlhf.report import fitness, lens, plots, sections, training
+from direct_rlhf.report import fitness, lens, mixture, plots, sections, three_h, training
 from direct_rlhf.report.conversation import conversation_section
 from direct_rlhf.report.parts import Links, Picture, Series, legend, run_labels, series_of
 from direct_rlhf.report.read import RunData, mapping, read_run
@@ -54,7 +54,25 @@ def render(runs: Sequence[RunData], links: Links, *, redact_samples: bool = Fals
         undefined=jinja2.StrictUndefined,
     )
     environment.globals["colour_variable"] = plots.colour_variable
-    return environment.get_template("report.html.j2").render(_page(runs, links, redact_samples))
+    study = three_h.read_study(runs)
+    if study is not None:
+        return environment.get_template("three_h.html.j2").render(_frame(runs, links) | three_h.page(study, links))
+    return environment.get_template("report.html.j2").render(_frame(runs, links) | _page(runs, links, redact_samples))
+
+
+def _frame(runs: Sequence[RunData], links: Links) -> dict[str, Any]:
+    """What stands at the head and the foot of every page."""
+    return {
+        "version": __version__,
+        "title": " and ".join(run_labels(runs)) if len(runs) < 4 else f"{len(runs)} runs",
+        "colours": _css(),
+        "facts": [(label, _head_facts(run)) for label, run in zip(run_labels(runs), runs, strict=True)],
+        "unfinished": [line for run in runs for line in _unfinished(run)],
+        "miniature": any(is_miniature(run) for run in runs),
+        "several": len(runs) > 1,
+        "stages": sections.stage_table(runs, links),
+        "reproduce": [_reproduce(label, run, links) for label, run in zip(run_labels(runs), runs, strict=True)],
+    }
 
 
 def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[str, Any]:
@@ -63,12 +81,6 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
     arm = headline_arm(single) if single else None
     comparisons, further = sections.comparison_tables(runs, links)
     return {
-        "version": __version__,
-        "title": " and ".join(run_labels(runs)) if len(runs) < 4 else f"{len(runs)} runs",
-        "colours": _css(),
-        "facts": [(label, _head_facts(run)) for label, run in zip(run_labels(runs), runs, strict=True)],
-        "unfinished": [line for run in runs for line in _unfinished(run)],
-        "miniature": any(is_miniature(run) for run in runs),
         "headline": visible(arm_label(arm)) if arm else None,
         "reference": visible(reference_label(single)) if single else "the base",
         "verdicts": [(one, sections.TONES[one.judgement]) for one in verdicts(single, arm)] if single and arm else [],
@@ -77,7 +89,6 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
         "training_legend": legend(
             runs, lambda run: [name for name, rows in run.metrics.items() if training.is_rl(rows)]
         ),
-        "several": len(runs) > 1,
         "arms": sections.arm_table(series, links),
         "metrics": HEADLINES,
         "comparisons": comparisons,
@@ -108,8 +119,7 @@ def _page(runs: Sequence[RunData], links: Links, redact_samples: bool) -> dict[s
         "missing": [line for label, run in _named(runs) for line in sections.not_measured(run, label)],
         "data": sections.data_table(runs, links),
         "overlap": sections.overlap_lines(runs, links),
-        "stages": sections.stage_table(runs, links),
-        "reproduce": [_reproduce(label, run, links) for label, run in zip(run_labels(runs), runs, strict=True)],
+        "mixtures": mixture.mixtures(runs, links),
     }
 
 

@@ -342,7 +342,10 @@ def raw_files(run: RunData, links: Links) -> list[tuple[str, str | None]]:
         "rejected.jsonl",
     )
     found = [*fixed, "results.json", "evaluation/comparisons.json", "reward_model/fitness.json"]
-    found += [name for name in ("cost_model/fitness.json", "overlap.jsonl") if (run.path / name).exists()]
+    found += [
+        name for name in ("cost_model/fitness.json", "overlap.jsonl", "mixture.jsonl") if (run.path / name).exists()
+    ]
+    found += sorted(f"{card.parent.name}/{card.name}" for card in run.path.glob("objective_*_model/fitness.json"))
     for arm in run.arms:
         files = (f"evaluation/{arm.name}/{suite}{kind}" for suite in SUITES for kind in (".json", ".jsonl"))
         found += [name for name in files if (run.path / name).exists()]

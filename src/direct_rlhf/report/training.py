@@ -132,6 +132,13 @@ ENDINGS = (
 MORE = (
     Panel("KL weight", "coefficient", _key("kl_coefficient"), zero=True),
     Panel("Policy clip fraction", "share of tokens", _key("clip_fraction"), zero=True),
+    Panel(
+        "Sampler mismatch",
+        "nats per token",
+        _key("mismatch_kl"),
+        zero=True,
+        caption="KL of vLLM's samples from what the trainer computes with the same weights.",
+    ),
     Panel("Policy loss", "loss", _key("policy_loss")),
     Panel("Value loss", "loss", _key("value_loss"), zero=True),
     Panel("Policy gradient norm", "before clipping", _key("grad_norm_policy"), zero=True),

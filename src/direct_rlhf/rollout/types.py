@@ -3,11 +3,13 @@
 Legend: B answers, P prompt slots (left-padded), T response slots (right-padded).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,6 +59,8 @@ class Rollout:
     texts: tuple[str, ...]  # B, text before the stop string / EOS, as the reward model reads it (not stripped)
     keys: tuple[SampleKey, ...]  # B
     policy_version: int  # optimiser steps the sampling policy had taken
+    # What an engine of other arithmetic said of its own tokens, where ``logprob_BT`` is the trainer's; None: the same.
+    sampler_logprob_BT: Tensor | None = None
 
     def __len__(self) -> int:
         return self.response_ids_BT.shape[0]
@@ -70,6 +74,8 @@ class Rollout:
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint; ``from_state`` is the inverse."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.sampler_logprob_BT is None:
+            del fields["sampler_logprob_BT"]
         return fields | {"finish": list(map(str, self.finish)), "keys": [asdict(key) for key in self.keys]}
 
     @classmethod
@@ -77,3 +83,23 @@ class Rollout:
         finish = tuple(map(FinishReason, state["finish"]))
         keys = tuple(SampleKey(**key) for key in state["keys"])
         return cls(**{**state, "finish": finish, "keys": keys, "texts": tuple(state["texts"])})
+
+
+def joined(parts: Sequence[Rollout], rows: Sequence[int]) -> Rollout:
+    """Rollouts of one policy as one. ``rows`` are the places of their answers in it, part after part."""
+    order = torch.tensor(rows).argsort()
+
+    def tensor(name: str) -> Tensor:
+        found = [getattr(part, name) for part in parts]
+        gaps = [max(one.shape[1] for one in found) - one.shape[1] for one in found]
+        left = name.startswith("prompt")  # prompts are padded on their left, answers on their right
+        return torch.cat([F.pad(x, (gap, 0) if left else (0, gap)) for x, gap in zip(found, gaps, strict=True)])[order]
+
+    def column(name: str) -> tuple[Any, ...]:
+        found = [value for part in parts for value in getattr(part, name)]
+        return tuple(found[place] for place in order.tolist())
+
+    names = [name for name in Rollout.__dataclass_fields__ if isinstance(getattr(parts[0], name), Tensor)]
+    tensors: dict[str, Any] = {name: tensor(name) for name in names}
+    columns: dict[str, Any] = {name: column(name) for name in ("finish", "texts", "keys")}
+    return Rollout(**tensors, **columns, policy_version=parts[0].policy_version)

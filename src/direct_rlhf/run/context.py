@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from direct_rlhf.errors import Interrupted
 from direct_rlhf.recipe.schema import Recipe
 from direct_rlhf.run.directory import RunDirectory
+from direct_rlhf.run.world import World
 
 log = logging.getLogger(__name__)
 
@@ -66,25 +67,55 @@ class ProgressBars:
             self._console.print(f"[dim]{bar.summary()}[/dim]", highlight=False)
 
 
+class NoBars:
+    """For the processes beside the first one."""
+
+    @contextmanager
+    def __call__(self, description: str, total: int | None = None) -> Iterator[Bar]:
+        yield self
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        return
+
+
 @dataclass(frozen=True)
 class StageContext:
-    """One attempt at a run, as its stages see it."""
+    """One attempt at a run, as its stages see it.
+
+    In a run of several processes ``should_stop`` and ``check_stop`` are this process's own view, for work that it does
+    by itself (inside ``world.together`` or ``world.main``); where all go on together they ask each other, with
+    ``stopping`` and ``check_stop_together``.
+    """
 
     recipe: Recipe
     run: RunDirectory
     device: str = "cpu"  # a torch device name; "auto" is already decided
     should_stop: Callable[[], bool] = lambda: False
     progress: MakesBars = field(default_factory=ProgressBars)
+    world: World = field(default_factory=World)
 
     def check_stop(self) -> None:
         """Raises Interrupted once a signal has asked the run to stop. Call it where stopping loses nothing."""
         if self.should_stop():
-            raise Interrupted(f"{self.run.path}: stopped on request. Go on with --resume.")
+            self.stop()
+
+    def stopping(self) -> bool:
+        """Whether one of the processes has been asked to stop; the same answer in all."""
+        return self.world.any(self.should_stop())
+
+    def check_stop_together(self) -> None:
+        """`check_stop` of all processes at once."""
+        if self.stopping():
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        raise Interrupted(f"{self.run.path}: stopped on request. Go on with --resume.")
 
     def say(self, text: str) -> None:
         """One line to the user, and to the attempt's log. Use it for what a user must know before the report."""
         log.info("%s", text)
-        print(text, file=sys.stderr, flush=True)
+        if self.world.is_main:
+            print(text, file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -13,7 +13,14 @@ from typing import Any, Protocol, Self
 import yaml
 from pydantic import ValidationError
 
-from direct_rlhf.errors import CheckpointError, ConfigError, DataError
+from direct_rlhf.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DirectRLHFError,
+    DivergenceError,
+    OutOfMemoryError,
+)
 from direct_rlhf.recipe.schema import Recipe
 from direct_rlhf.run.adapters import Adapters, check_extras
 from direct_rlhf.run.atomic import (
@@ -32,6 +39,7 @@ from direct_rlhf.run.atomic import (
 from direct_rlhf.run.checkpoints import MARKER, CheckpointStore
 from direct_rlhf.run.lock import lock, refuse_if_locked
 from direct_rlhf.run.manifest import make_manifest, start_facts
+from direct_rlhf.run.world import World, launch_id
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +50,8 @@ SAMPLES = "samples.jsonl"
 ALERTS = "alerts.jsonl"
 STATUS = "status.json"
 RESERVED_KEYS = frozenset({"stage", "step", "time", "nonfinite"})
-SAFE_TO_CHANGE = ("description", "threads", "logging.", "evaluation.")  # and arms, which may be added
+# and arms, which may be added
+SAFE_TO_CHANGE = ("description", "threads", "logging.", "evaluation.", "parallel.", "rollout.vllm.")
 
 
 class Loaded(Protocol):
@@ -59,10 +68,11 @@ class Loaded(Protocol):
 class RunDirectory:
     """One run. ``open`` makes or resumes one to write to; the constructor looks at one that is there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, world: World | None = None) -> None:
         if not (path / MANIFEST).is_file():
             raise ConfigError(f"{path}: is no run directory (it has no {MANIFEST}). Give the folder that a run made.")
         self.path = path
+        self.world = world or World()
         self._adapters: Adapters | None = None
         self._notes: dict[str, dict[str, Any]] = {}
 
@@ -116,6 +126,7 @@ class RunDirectory:
         recipe = self.recipe
         with full_disk_explained(self.path), lock(self.path):
             folder = self._new_attempt()
+            self.world.main(lambda: folder.name)
             self._adapters = Adapters(self.path, recipe, run_id=self.manifest["id"])
             try:
                 with _log_to(folder / "log.txt"):
@@ -188,7 +199,7 @@ class RunDirectory:
     def checkpoints(self, stage: str, keep: int) -> CheckpointStore:
         """The stage's checkpoints. Metrics and samples reach the disk before a checkpoint counts as complete."""
         folder = self.path / "checkpoints" / safe_name(stage, "stage")
-        return CheckpointStore(folder, keep, before_marker=self._sync_lines)
+        return CheckpointStore(folder, keep, before_marker=self._sync_lines, world=self.world)
 
     def status(self, state: str, exit_code: int | None, reason: str = "") -> None:
         """Writes status.json. Call it when an attempt starts (``running``, None) and when it ends, however it ends."""
@@ -221,8 +232,56 @@ class RunDirectory:
         used = [int(folder.name[8:]) for folder in logs.glob("attempt_*") if folder.name[8:].isdigit()]
         folder = logs / f"attempt_{max(used, default=0) + 1:03d}"
         folder.mkdir()
-        write_json(folder / "attempt.json", {**start_facts(), "recipe_sha256": self.manifest["recipe_sha256"]})
+        facts = {**start_facts(), "recipe_sha256": self.manifest["recipe_sha256"]}
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            facts |= {"processes": self.world.size, "launch": launch_id()}
+        write_json(folder / "attempt.json", facts)
         return folder
+
+    def launched_by(self, launch: str) -> bool:
+        """Whether the newest attempt was made by the same start of torchrun, which has since started it again."""
+        attempts = sorted(self.path.glob("logs/attempt_*/attempt.json"))
+        return bool(attempts) and read_json(attempts[-1]).get("launch") == launch
+
+    def not_worth_another_try(self) -> DirectRLHFError | None:
+        """The last attempt's error, where the same attempt would end with it again; None where it might not."""
+        path = self.path / STATUS
+        said = read_json(path) if path.is_file() else {}
+        kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, OutOfMemoryError, DivergenceError)}
+        kind = kinds.get(said.get("exit_code", 0))
+        return None if kind is None else kind(str(said["reason"]))
+
+
+class Follower(RunDirectory):
+    """The run as the processes beside the first one see it: they read, and of checkpoints they write their share."""
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Path]:
+        folder = self.path / "logs" / self.world.main(lambda: "")  # the first process's attempt
+        folder.mkdir(parents=True, exist_ok=True)
+        with _log_to(folder / f"process_{self.world.rank}.txt", shown=False):
+            yield folder
+
+    def check_sources(self, sources: Mapping[str, str]) -> None:
+        return
+
+    def finish_stage(self, name: str, fingerprint: str, seconds: float, facts: Mapping[str, Any]) -> None:
+        return
+
+    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+        return
+
+    def metrics(self, stage: str) -> "MetricsWriter":
+        return _Silent(self.path, safe_name(stage, "stage"), None)
+
+    def sample(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        return
+
+    def alert(self, stage: str, step: int, alert: Mapping[str, Any]) -> None:
+        return
+
+    def status(self, state: str, exit_code: int | None, reason: str = "") -> None:
+        return
 
 
 class MetricsWriter:
@@ -255,13 +314,24 @@ class MetricsWriter:
             sync_file(self._path / METRICS)
 
 
+class _Silent(MetricsWriter):
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        return
+
+    def rewind(self, step: int) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
 @contextlib.contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Copies what the package logs into ``path``; warnings still reach the terminal."""
+def _log_to(path: Path, *, shown: bool = True) -> Iterator[None]:
+    """Copies what the package logs into ``path``; where it is ``shown``, warnings still reach the terminal."""
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file]
-    if logging.lastResort is not None and not logging.getLogger().handlers:
+    if shown and logging.lastResort is not None and not logging.getLogger().handlers:
         handlers.append(logging.lastResort)  # Python uses it by itself only while nobody else listens
     logger = logging.getLogger("direct_rlhf")
     level = logger.level
@@ -370,7 +440,7 @@ def _keep_recipe(path: Path, loaded: Loaded) -> None:
         raise CheckpointError(
             f"{path}: the recipe has changed since the run started:\n{lines}\n"
             "Put the values back, choose another name=..., or start again with --overwrite. (May change: description, "
-            "threads, logging, evaluation, and arms may be added.)"
+            "threads, logging, evaluation, parallel, rollout.vllm, and arms may be added.)"
         )
     if changed:
         write_atomic(path / RECIPE, loaded.yaml)

@@ -49,7 +49,7 @@ def _refuse(folder: Path, holder: dict[str, Any] | None) -> None:
     if holder is None:
         return
     here = holder["host"] == socket.gethostname()
-    if here and _process_start(holder["pid"]) in (None, holder["start"]) and _is_alive(holder["pid"]):
+    if here and process_start(holder["pid"]) in (None, holder["start"]) and _is_alive(holder["pid"]):
         raise ConfigError(
             f"{folder}: process {holder['pid']} on this machine has been writing to this run since {holder['since']}. "
             "Wait until it ends, or stop it."
@@ -88,7 +88,7 @@ def _write(descriptor: int, holder: dict[str, Any] | None) -> None:
 
 def _myself() -> dict[str, Any]:
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _process_start(os.getpid()), "since": since}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid()), "since": since}
 
 
 def _is_alike(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
@@ -105,7 +105,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Boot and clock tick at which a process started, so that a reused pid is told apart; None where unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -16,15 +16,25 @@ class StopFlag:
 
     The first signal sets the flag and says so; the second, of either kind, raises KeyboardInterrupt at once. On leaving
     the old handlers are back. Off the main thread, where Python allows no handlers, it does nothing.
+
+    ``launched``: one of several processes under a launcher. Then a second signal does nothing, for the same one may
+    come from the launcher and from whoever signalled that; who wants it at once ends the launcher. ``quiet``: nothing
+    is said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, launched: bool = False, quiet: bool = False) -> None:
+        self.signalled = False  # this process itself
+        self._launched, self._quiet = launched, quiet
         self._asked = False
         self._at_once = False
         self._old: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
         return self._asked
+
+    def ask(self) -> None:
+        """Sets the flag, since another process was signalled."""
+        self._asked = True
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -62,10 +72,15 @@ class StopFlag:
             self._at_once = before
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self._asked:
+        if self.signalled and self._launched:
+            return
+        if self.signalled:
             raise KeyboardInterrupt
-        self._asked = True
-        what = "stopping" if self._at_once else "saving and stopping; a second signal stops at once"
-        os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())  # print() may not be called inside itself
+        self.signalled = self._asked = True
+        what = "stopping" if self._at_once else "saving and stopping"
+        more = "" if self._at_once or self._launched else "; a second signal stops at once"
+        if not self._quiet:
+            text = f"\n{signal.Signals(number).name}: {what}{more}\n"
+            os.write(2, text.encode())  # print() may not be called inside itself
         if self._at_once:
             raise KeyboardInterrupt

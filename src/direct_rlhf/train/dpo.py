@@ -4,6 +4,7 @@ Legend: B pairs, n pairs of a whole data set.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from direct_rlhf.models.batches import BATCH_TOKENS
 from direct_rlhf.models.forward import token_logprobs
 from direct_rlhf.models.loading import autocast
 from direct_rlhf.models.memory import ChunkSize
+from direct_rlhf.models.sharded import gathered
 from direct_rlhf.run.context import StageContext
 from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, run_steps, save_arm
 from direct_rlhf.train.pairs import EncodedPair, PairBatch, encode_pairs, pair_batches
+from direct_rlhf.train.parallel import Cut, Layout, spread, to_measure, to_train
 
 STATISTICS = ("loss", "accuracy", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
 
@@ -34,7 +37,9 @@ def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
     dialogue = DialogueFormat(recipe.dialogue, tokens or load_tokens(recipe.model.base, revision=recipe.model.revision))
     train = encode_pairs(data.train, dialogue, recipe.data)
     held_out = encode_pairs(data.held_out, dialogue, recipe.data)[:HELD_OUT_ITEMS]
-    model = load_trainee(recipe, ctx.device, arm)
+    layout = Layout.of(ctx)
+    model = layout.trained(load_trainee(recipe, layout.loads_on, arm))
+    training, measuring = to_train(ctx.world), to_measure(ctx.world)
     reference_train = _reference(ctx, model, train, "DPO reference, training pairs")
     reference_held_out = _reference(ctx, model, held_out, "DPO reference, held-out pairs")
 
@@ -42,22 +47,26 @@ def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
         picked = tuple(reference[rows] for reference in reference_train)
         pairs = [train[row] for row in rows]
         trained = float(sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs))
-        return {**pair_loss(pairs, picked, slots, backward=True), "answer_tokens": trained}
+        values = ctx.world.sum(pair_loss(pairs, picked, slots, training, backward=True))
+        return {**values, "answer_tokens": trained}
 
     def evaluate(slots: int) -> dict[str, float]:
         if not held_out:
             return {}
-        values = pair_loss(held_out, reference_held_out, slots, backward=False)
-        return {f"held_out_{name}": value for name, value in values.items()}
+        with gathered(model):
+            share = ctx.world.together(
+                lambda: pair_loss(held_out, reference_held_out, slots, measuring, backward=False)
+            )
+        return {f"held_out_{name}": value for name, value in ctx.world.sum(share).items()}
 
     def pair_loss(
-        pairs: Sequence[EncodedPair], reference: tuple[Tensor, ...], slots: int, *, backward: bool
+        pairs: Sequence[EncodedPair], reference: tuple[Tensor, ...], slots: int, cut: Cut, *, backward: bool
     ) -> dict[str, float]:
-        """Mean loss and statistics over ``pairs``; with ``backward`` the loss's gradient is added as well."""
+        """This process's share of mean loss and statistics over ``pairs``; with ``backward`` its gradient is added."""
         n = len(pairs)
         sums = dict.fromkeys(STATISTICS, 0.0)
         with torch.set_grad_enabled(backward), autocast(ctx.device, recipe.model.dtype):
-            for batch in pair_batches(pairs, ctx.device, slots):
+            for batch in pair_batches(pairs, ctx.device, slots, cut):
                 if not backward:
                     ctx.check_stop()
                 chosen_B, rejected_B = answer_logprobs(model, batch)
@@ -66,7 +75,9 @@ def train_dpo(ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None 
                     chosen_B, rejected_B, reference_chosen_B, reference_rejected_B, beta=section.beta, denominator=n
                 )
                 if backward:
-                    term.loss.backward()
+                    (term.loss if batch.counts else 0.0 * term.loss).backward()
+                if not batch.counts:
+                    continue
                 sums["loss"] += float(term.loss.detach())
                 sums["accuracy"] += float(term.accuracy)
                 sums["chosen_reward"] += float(term.chosen_reward)
@@ -102,15 +113,18 @@ def answer_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _reference(ctx: StageContext, model: Any, pairs: Sequence[EncodedPair], title: str) -> tuple[Tensor, Tensor]:
     """The untrained model's log-probabilities (chosen [n], rejected [n]), on the CPU."""
+    chunk = ChunkSize(title, BATCH_TOKENS, ctx.say)
 
-    def attempt(slots: int) -> tuple[Tensor, Tensor]:
-        chosen_n, rejected_n = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-        with ctx.progress(title, total=len(pairs)) as bar, autocast(ctx.device, ctx.recipe.model.dtype):
-            for batch in pair_batches(pairs, ctx.device, slots):
+    def attempt(mine: list[EncodedPair], slots: int) -> Tensor:
+        both_n2 = torch.zeros(len(mine), 2)
+        with ctx.progress(title, total=len(mine)) as bar, autocast(ctx.device, ctx.recipe.model.dtype):
+            for batch in pair_batches(mine, ctx.device, slots):
                 ctx.check_stop()
-                chosen_B, rejected_B = answer_logprobs(model, batch)
-                chosen_n[batch.rows], rejected_n[batch.rows] = chosen_B.cpu(), rejected_B.cpu()
+                both_n2[batch.rows] = torch.stack(answer_logprobs(model, batch), dim=1).cpu()
                 bar.advance(len(batch.rows))
-        return chosen_n, rejected_n
+        return both_n2
 
-    return ChunkSize(title, BATCH_TOKENS, ctx.say).run(attempt)
+    with gathered(model):
+        lengths = [pair.length for pair in pairs]
+        both_n2 = spread(ctx.world, lengths, lambda rows: chunk.run(partial(attempt, [pairs[row] for row in rows])))
+    return both_n2[:, 0], both_n2[:, 1]

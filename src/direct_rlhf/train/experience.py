@@ -5,6 +5,7 @@
 Legend: B answers, P prompt slots (left-padded), T response slots (right-padded), L = P + T.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +20,18 @@ from direct_rlhf.maths import kl
 from direct_rlhf.maths.advantages import gae
 from direct_rlhf.maths.lagrangian import combine
 from direct_rlhf.maths.masked import masked_mean, whiten
+from direct_rlhf.maths.mismatch import Correction, correction
 from direct_rlhf.maths.rewards import clip_scores, explained_variance, finish_scores, token_rewards
 from direct_rlhf.models.batches import by_length
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, Roles
 from direct_rlhf.models.scalar import ScalarModel
+from direct_rlhf.models.sharded import gathered
 from direct_rlhf.recipe.schema import LengthSection, PpoSection
 from direct_rlhf.rollout.types import FinishReason, Rollout
+from direct_rlhf.run.world import World
 from direct_rlhf.train.health import text_statistics
+from direct_rlhf.train.parallel import spread
 from direct_rlhf.train.reward_sources import Answer, Reward
 
 
@@ -77,6 +82,7 @@ class Experience:
     advantage_BT: Tensor  # of reward and cost together, whitened over the whole batch, 0 outside train_mask
     return_BT: Tensor  # unwhitened advantage + old value
     cost_return_BT: Tensor | None = None  # the same of the cost
+    correction: Correction | None = None  # of samples that an engine of other arithmetic drew
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,11 @@ def score(
     cap: int,
     check_stop: Callable[[], None],
     chunk: ChunkSize,
+    world: World | None = None,
 ) -> Scored:
     """Rewards, costs, reference log-probs and values of a rollout (the rules for unfinished answers applied).
 
+    Several processes compute a share of the rows each, and all get all.
     Errors: DivergenceError that names the prompt for a reward, log-prob or value that is not finite; what
     ``check_stop`` raises.
     """
@@ -138,7 +146,8 @@ def score(
         priced_once = length.model_copy(update={"overlong_buffer": 0, "per_token_penalty": 0.0})  # in the reward alone
         raw_harmless, harmless_B, _, _ = _finished_scores(rollout, prompts, judges.cost, section, cap, priced_once)
         raw_cost_B, cost_B = -raw_harmless, -harmless_B
-    check_stop()
+    world = world or World()
+    world.together(check_stop)
 
     def reference(batch: Batch) -> Tensor:
         temperature = section.sampling.temperature
@@ -146,8 +155,11 @@ def score(
             :, batch.prompt_slots :
         ]
 
-    reference_BT = over_actions(rollout, reference, "reference log-probability", roles.device, chunk, check_stop)
-    values = partial(old_values, rollout, roles=roles, chunk=chunk, check_stop=check_stop)
+    with gathered(roles.reference or roles.policy):
+        reference_BT = over_actions(
+            rollout, reference, "reference log-probability", roles.device, chunk, check_stop, world
+        )
+    values = partial(old_values, rollout, roles=roles, chunk=chunk, check_stop=check_stop, world=world)
     return Scored(
         rollout,
         raw,
@@ -186,12 +198,24 @@ def _finished_scores(
 
 
 def old_values(
-    rollout: Rollout, critic: str, *, roles: Roles, chunk: ChunkSize, check_stop: Callable[[], None]
+    rollout: Rollout,
+    critic: str,
+    *,
+    roles: Roles,
+    chunk: ChunkSize,
+    check_stop: Callable[[], None],
+    world: World | None = None,
 ) -> Tensor:
     """A critic's values of every action, [B, T], normalised reward units, 0 outside the actions."""
-    with roles.criticising(critic) as model:
+    with roles.criticising(critic) as model, gathered(model):
         return over_actions(
-            rollout, lambda batch: action_values(model, batch), f"{critic} value", roles.device, chunk, check_stop
+            rollout,
+            lambda batch: action_values(model, batch),
+            f"{critic} value",
+            roles.device,
+            chunk,
+            check_stop,
+            world,
         )
 
 
@@ -203,22 +227,24 @@ def over_actions(
     device: str,
     chunk: ChunkSize,
     check_stop: Callable[[], None],
+    world: World | None = None,
 ) -> Tensor:
     """``compute`` of every row, [B, T] float32 on the CPU, 0 outside the actions; ``chunk`` padded slots to a
     forward pass.
 
     Errors: DivergenceError that says ``what`` of which prompt is not finite.
     """
+    lengths = total_lengths(rollout)
 
-    def attempt(budget: int) -> Tensor:
+    def attempt(mine: list[int], budget: int) -> Tensor:
         result_BT = torch.zeros(rollout.action_mask_BT.shape)
-        for rows in by_length(total_lengths(rollout), range(len(rollout)), budget):
+        for rows in by_length(lengths, mine, budget):
             check_stop()
             batch = batch_of(rollout, rows, device)
             result_BT[rows, : batch.response_slots] = compute(batch).float().cpu()
-        return torch.where(rollout.action_mask_BT, result_BT, 0.0)
+        return torch.where(rollout.action_mask_BT, result_BT, 0.0)[mine]
 
-    result_BT = chunk.run(attempt)
+    result_BT = spread(world or World(), lengths, lambda mine: chunk.run(partial(attempt, mine)))
     if not result_BT.isfinite().all():
         row, slot = (~result_BT.isfinite()).nonzero()[0].tolist()
         raise DivergenceError(
@@ -234,11 +260,14 @@ def action_values(critic: ScalarModel, batch: Batch) -> Tensor:
     return critic.values(batch.ids_BL, batch.mask_BL)[:, batch.prompt_slots - 1 : -1]
 
 
-def estimate(scored: Scored, *, section: PpoSection, kl_coefficient: float, multiplier: float = 0.0) -> Experience:
+def estimate(
+    scored: Scored, *, section: PpoSection, kl_coefficient: float, multiplier: float = 0.0, truncate: float = math.inf
+) -> Experience:
     """Token rewards (-beta k1, score on the last action), GAE, returns; advantages whitened over the whole batch.
 
     With a cost its stream is (+beta k1, cost on the last action) and the advantage (A_r - lambda A_c) / (1 + lambda),
-    lambda = ``multiplier``, so that the weight of the KL is beta for every lambda.
+    lambda = ``multiplier``, so that the weight of the KL is beta for every lambda. ``truncate`` bounds the importance
+    weights of another engine's samples.
     """
     rollout = scored.rollout
     mask = rollout.action_mask_BT
@@ -251,8 +280,10 @@ def estimate(scored: Scored, *, section: PpoSection, kl_coefficient: float, mult
         cost_advantage_BT = gae(cost_BT, scored.cost_value_BT, mask, gamma=section.gamma, lam=section.lam)
         cost_return_BT = cost_advantage_BT + scored.cost_value_BT
         advantage_BT = combine(advantage_BT, cost_advantage_BT, multiplier)
-    train_mask = mask & scored.keep_B[:, None]
-    return Experience(scored, train_mask, whiten(advantage_BT, train_mask), return_BT, cost_return_BT)
+    train_mask, corrected = mask & scored.keep_B[:, None], None
+    if rollout.sampler_logprob_BT is not None:
+        corrected = correction(rollout.logprob_BT, rollout.sampler_logprob_BT, mask, limit=truncate)
+    return Experience(scored, train_mask, whiten(advantage_BT, train_mask), return_BT, cost_return_BT, corrected)
 
 
 def rollout_statistics(experience: Experience, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -287,6 +318,7 @@ def rollout_statistics(experience: Experience, prompts: Sequence[Prompt]) -> dic
         "explained_variance": float(explained_variance(scored.value_BT, experience.return_BT, mask)),
         "advantage_kept": float(scored.keep_B.float().mean()),
         **_cost_statistics(experience),
+        **_mismatch_statistics(experience),
     }
 
 
@@ -296,3 +328,10 @@ def _cost_statistics(experience: Experience) -> dict[str, float]:
         return {}
     explained = explained_variance(scored.cost_value_BT, experience.cost_return_BT, scored.rollout.action_mask_BT)
     return {"cost_mean": float(scored.raw_cost_B.mean()), "cost_explained_variance": float(explained)}
+
+
+def _mismatch_statistics(experience: Experience) -> dict[str, float]:
+    corrected = experience.correction
+    if corrected is None:
+        return {}
+    return {"mismatch_kl": float(corrected.kl), "mismatch_truncated": float(corrected.truncated)}

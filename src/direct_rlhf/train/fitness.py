@@ -23,7 +23,7 @@ from direct_rlhf.models.reward_model import Item, Normalisation, RewardModel
 from direct_rlhf.recipe.schema import FitnessSection, RewardSection
 from direct_rlhf.run.atomic import write_json
 from direct_rlhf.run.context import StageContext
-from direct_rlhf.train.pairs import Which, of_kinds
+from direct_rlhf.train.pairs import of_kinds
 
 PRAISE = "Great question! You are wonderful."
 PROBED_PAIRS = 512  # pairs whose chosen answers are changed; accuracy is over all pairs
@@ -50,14 +50,16 @@ def check_reward_model(
     reward_model: Scorer | Path,
     pairs: Sequence[PreferencePair],
     *,
-    which: Which = "reward",
+    which: str = "reward",
+    section: RewardSection | None = None,
     console: Console | None = None,
 ) -> Card:
     """Measure a reward model (or the one in a folder) on held-out pairs; writes, prints and returns its card.
 
-    ``which`` names the recipe's section, whose limits and kinds of pairs hold.
+    ``which`` names the recipe's section, whose limits and kinds of pairs hold; with a ``section`` given, the folder
+    ``WHICH_model`` of the card alone.
     """
-    section: RewardSection = getattr(ctx.recipe, which)
+    section = section or getattr(ctx.recipe, which)
     scorer: Scorer = reward_model if not isinstance(reward_model, Path) else _load(ctx, reward_model)
     card = fitness_card(ctx, scorer, of_kinds(pairs, section.kinds, which), section.fitness)
     folder = ctx.run.path / f"{which}_model"
@@ -67,7 +69,7 @@ def check_reward_model(
         "fitness" if which == "reward" else f"{which}_fitness",
         {name: card[name] for name in ("verdict", "accuracy", "ci", "n")},
     )
-    print_fitness(card, console or Console(stderr=True), f"{which} model")
+    print_fitness(card, console or Console(stderr=True), f"{which.replace('_', ' ')} model")
     return card
 
 

@@ -20,10 +20,20 @@ from direct_rlhf.models.footprint import Heap, Weightless, parameter_bytes, weig
 from direct_rlhf.models.forward import token_logprobs
 from direct_rlhf.models.loading import autocast
 from direct_rlhf.models.memory import ChunkSize
+from direct_rlhf.models.recompute import recompute_layers
 from direct_rlhf.models.reward_model import ADAPTER
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY, Roles
 from direct_rlhf.models.scalar import ScalarModel
-from direct_rlhf.recipe.schema import DpoSection, HttpReward, PythonReward, Recipe, RewardSection, SupervisedSection
+from direct_rlhf.models.sizes import MOMENT_TABLES, moment_bytes
+from direct_rlhf.recipe.schema import (
+    DpoSection,
+    HttpReward,
+    OptimiserSection,
+    PythonReward,
+    Recipe,
+    RewardSection,
+    SupervisedSection,
+)
 from direct_rlhf.rollout.decoder import Decoder, supports
 from direct_rlhf.train.dpo import answer_logprobs
 from direct_rlhf.train.experience import Batch, action_values, batch_of
@@ -87,8 +97,10 @@ def forecast_pairs(
             module: Any = model
             if isinstance(section, RewardSection):
                 module = plan.scalar(model)
+        if recipe.parallel.activation_checkpointing:
+            recompute_layers(module)
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimiser = Optimiser(trained, section.optimiser, 1)
+        optimiser = WeightlessOptimiser(trained, section.optimiser, 1)
         _first_step(plan, optimiser)
         batches = list(pair_batches(longest.pairs[: section.batch_size], "cpu"))[-2:]
         with live.phase(TRAIN), autocast("cpu", recipe.model.dtype):
@@ -105,7 +117,7 @@ def forecast_pairs(
                     base = plan.causal_lm(config, recipe.model.dtype)
                 lengths = longest.lengths(min(SAMPLED_AT_ONCE, section.normalisation_prompts))
                 sample_once(plan, base, lengths, recipe.ppo.sampling.max_new_tokens)
-        role = RoleBytes(stage, parameter_bytes(module), _bytes(trained), 2 * _bytes(trained))
+        role = RoleBytes(stage, parameter_bytes(module), _bytes(trained), _moments(trained, section.optimiser))
         return Forecast(stage, live.peaks, live.grown, [role])
 
 
@@ -139,6 +151,9 @@ class PpoForecast:
         self.config, self.tokens, self.longest, self.device = config, tokens, longest, device
         with self.live.phase(LOAD):
             self.roles, self.judges = self._start()
+        if recipe.parallel.activation_checkpointing:
+            for model in (self.roles.policy, self.roles.critic, self.roles.cost_critic):
+                recompute_layers(model or nn.Module())
         self.learner = self._learner()
 
     def forecast(self) -> Forecast:
@@ -169,10 +184,11 @@ class PpoForecast:
         judges: list[ScalarModel] = []
         critics: dict[str, ScalarModel] = {}
         from_model = [not isinstance(source, PythonReward | HttpReward) for _, source in wanted]
+        self.judged = [name for name, needed in zip(JUDGES, from_model, strict=False) if needed]
         if section.tuning == "lora":
             names = [POLICY, *(role for role, _ in wanted)]
-            names += [name for name, needed in zip(JUDGES, from_model, strict=False) if needed]
-            model = plan.causal_lm(self.config, section.dtype, section.lora, names)
+            names += self.judged
+            model = plan.causal_lm(self.config, section.dtype, section.lora, names, section.quantise)
             for needed in from_model:
                 self._identify() if needed else self._normalise()
             heads = [plan.scalar(model) for _ in names[1:]]
@@ -197,7 +213,7 @@ class PpoForecast:
         return Roles(policy, critics[CRITIC], reference, "cpu", section.dtype, critics.get(COST_CRITIC)), judges
 
     def _identify(self) -> None:
-        """The base is in the memory of the CPU for a moment, whose parameters are hashed."""
+        """The base is in the memory of the CPU for a moment, whose parameters are hashed (those before 4 bits)."""
         if self.device == "cpu":
             self.plan.causal_lm(self.config, self.recipe.model.dtype)
 
@@ -210,12 +226,16 @@ class PpoForecast:
             roles=self.roles,
             section=section,
             optimisers={
-                role: Optimiser(self.roles.parameters(role), section.optimiser, 1) for role in self.roles.trained
+                role: WeightlessOptimiser(self.roles.parameters(role), self._optimiser(role), 1)
+                for role in self.roles.trained
             },
             text=text,
             seed=0,
             chunk=ChunkSize(UPDATE, section.micro_batch_tokens),
         )
+
+    def _optimiser(self, role: str) -> OptimiserSection:
+        return self.section.optimiser if role == POLICY else self.section.critic.optimiser
 
     def sample(self, rows: int) -> None:
         section = self.section
@@ -226,7 +246,7 @@ class PpoForecast:
     def _normalise(self) -> None:
         """The base's own answers, in whose units the user's reward is."""
         lengths = self.longest.lengths(min(SAMPLED_AT_ONCE, self.recipe.reward.normalisation_prompts))
-        base = self.plan.causal_lm(self.config, self.recipe.model.dtype)
+        base = self.plan.causal_lm(self.config, self.recipe.model.dtype, quantise=self.recipe.model.quantise)
         with torch.no_grad():
             sample_once(self.plan, base, lengths, self.section.sampling.max_new_tokens)
 
@@ -282,16 +302,15 @@ class PpoForecast:
             trunk = sum(p.nbytes for name, p in roles.policy.named_parameters() if "lora_" not in name)
             found.append(RoleBytes("trunk (shared, frozen)", trunk))
         for role in roles.trained:
-            size = _bytes(roles.parameters(role))
-            found.append(RoleBytes(role.replace("_", " "), size, size, 2 * size))
+            own = roles.parameters(role)
+            moments = _moments(own, self._optimiser(role))
+            found.append(RoleBytes(role.replace("_", " "), _bytes(own), _bytes(own), moments))
         found += [] if lora else [RoleBytes("reference", parameter_bytes(roles.reference))]  # type: ignore[arg-type]
-        for name, judge in zip(("reward model", "cost model"), self.judges, strict=False):
+        for name, judge in zip(self.judged, self.judges, strict=True):
+            size = parameter_bytes(judge)
             if lora:
-                adapter = f".{ADAPTER if name == 'reward model' else 'cost'}."
-                size = sum(p.nbytes for n, p in roles.policy.named_parameters() if adapter in n)
-            else:
-                size = parameter_bytes(judge)
-            found.append(RoleBytes(name, size))
+                size = sum(p.nbytes for n, p in roles.policy.named_parameters() if f".{name}." in n)
+            found.append(RoleBytes(f"{name} model", size))
         return found
 
 
@@ -318,12 +337,34 @@ def _first_step(plan: Weightless, optimiser: Optimiser) -> None:
     optimiser.step(1.0, where="")
 
 
+class WeightlessOptimiser(Optimiser):
+    """The optimiser of a stage. bitsandbytes need not be here: what its moments take is held in their place."""
+
+    def _made(self) -> Any:
+        return super()._made() if self.section.kind == "adamw" else _Moments(self.parameters, self.section)
+
+
+class _Moments(torch.optim.Optimizer):
+    def __init__(self, parameters: Sequence[nn.Parameter], section: OptimiserSection) -> None:
+        super().__init__(parameters, {"lr": section.learning_rate})
+        self.sizes = [moment_bytes(parameter.numel(), section.kind) for parameter in parameters] + [MOMENT_TABLES]
+        self.held: list[Any] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameter = self.param_groups[0]["params"][0]
+        self.held = self.held or [parameter.detach().new_empty(size, dtype=torch.uint8) for size in self.sizes]
+
+
+def _moments(parameters: Sequence[nn.Parameter], section: OptimiserSection) -> int:
+    return sum(moment_bytes(parameter.numel(), section.kind) for parameter in parameters)
+
+
 def _trainee(plan: Weightless, recipe: Recipe, config: Any, adapter: str) -> Any:
     """`train.loop.load_trainee`."""
     section = recipe.model
     if section.tuning == "full":
         return plan.causal_lm(config, "float32").requires_grad_(True)
-    return plan.causal_lm(config, section.dtype, section.lora, [adapter])
+    return plan.causal_lm(config, section.dtype, section.lora, [adapter], section.quantise)
 
 
 def _bytes(parameters: Sequence[nn.Parameter]) -> int:

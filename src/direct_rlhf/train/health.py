@@ -3,6 +3,7 @@
 Statistics are per iteration over B answers; detectors look at the last few iterations.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -76,8 +77,13 @@ def text_statistics(texts: Sequence[str], prompt_ids: Sequence[str]) -> dict[str
     }
 
 
-def detect(history: Sequence[Mapping[str, float]], *, cap: int, kl_target: float) -> list[Alert]:
-    """Alerts that hold in each of the last `WINDOW` iterations' metrics (oldest first); shorter histories give none."""
+def detect(
+    history: Sequence[Mapping[str, float]], *, cap: int, kl_target: float, mismatch_limit: float = math.inf
+) -> list[Alert]:
+    """Alerts that hold in each of the last `WINDOW` iterations' metrics (oldest first); shorter histories give none.
+
+    ``mismatch_limit``: of KL(sampler || trainer), nats per token, where another engine samples.
+    """
     if len(history) < WINDOW:
         return []
     recent = history[-WINDOW:]
@@ -94,6 +100,16 @@ def detect(history: Sequence[Mapping[str, float]], *, cap: int, kl_target: float
                 f"The KL to the reference is {last['kl_sequence']:.2f} nats, below 0 for {WINDOW} iterations.",
                 "sampling and scoring differ (temperature, masks), or EOS is suppressed.",
                 "stop the run; compare ppo.sampling with what the sampler was given.",
+            )
+        )
+    if all(row.get("mismatch_kl", 0.0) > mismatch_limit for row in recent):
+        alerts.append(
+            Alert(
+                "sampler_mismatch",
+                f"Sampler and trainer are {last['mismatch_kl']:.3g} nats per token apart, over {mismatch_limit:g}.",
+                "the engine's weights are stale, or its type, quantization, temperature or log-probability mode differ "
+                "from the trainer's.",
+                "serve the model in model.dtype with --logprobs-mode processed_logprobs; see the how-to on vLLM.",
             )
         )
     if always("kl_sequence", 2 * kl_target):

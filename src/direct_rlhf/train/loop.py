@@ -20,10 +20,12 @@ from direct_rlhf.models import peaks
 from direct_rlhf.models.batches import BATCH_TOKENS
 from direct_rlhf.models.loading import add_lora, load_for, save_causal_lm
 from direct_rlhf.models.memory import ChunkSize
+from direct_rlhf.models.sharded import whole_on_cpu
 from direct_rlhf.randomness import cycle
 from direct_rlhf.recipe.schema import DpoSection, Recipe, RewardSection, SupervisedSection
-from direct_rlhf.run.checkpoints import Checkpoint, pack, unpack
+from direct_rlhf.run.checkpoints import Checkpoint
 from direct_rlhf.run.context import StageContext
+from direct_rlhf.run.packing import pack, unpack
 from direct_rlhf.run.points import point
 from direct_rlhf.train.health import fault_alert
 from direct_rlhf.train.step import Optimiser
@@ -46,7 +48,8 @@ class Task:
     ids: Sequence[str]  # names of the training items, for messages
     module: nn.Module  # its parameters that require gradients are trained
     lengths: Sequence[int]  # their lengths in tokens
-    # The last argument of both is the number of padded slots that one forward pass may hold; it changes no result.
+    # The last argument of both is the number of padded slots that one forward pass may hold; it changes no result. Of
+    # several processes each computes its share of both, and all return the metrics of the whole.
     accumulate: Callable[[list[int], int], dict[str, float]]  # gradients of the rows' mean loss; metrics with "loss"
     evaluate: Callable[[int], dict[str, float]]  # metrics on held-out data, {} if there are none
 
@@ -85,12 +88,16 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
     steps = total_steps(section, len(task.ids))
     named = {name: parameter for name, parameter in task.module.named_parameters() if parameter.requires_grad}
     optimiser = Optimiser(named.values(), section.optimiser, steps)
-    chunks = {phase: ChunkSize(f"{task.stage}, {phase}", BATCH_TOKENS, ctx.say) for phase in (TRAINING, CHECKING)}
+    alone = ctx.world.size == 1
+    chunks = {
+        phase: ChunkSize(f"{task.stage}, {phase}", BATCH_TOKENS, ctx.say, fixed=not alone)
+        for phase in (TRAINING, CHECKING)
+    }
     store = ctx.run.checkpoints(task.stage, keep=1)
     checkpoint = store.latest()
     pending: _Done | None = None  # a step whose held-out check was broken off
     if checkpoint is not None:
-        _restore(checkpoint, named, optimiser, task.stage)
+        _restore(ctx, checkpoint, named, optimiser, task.stage)
         for phase, size in checkpoint.state["chunks"].items():
             chunks[phase].size = size
         kept = checkpoint.state["pending"]
@@ -99,7 +106,7 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
     metrics.rewind(optimiser.steps - (pending is not None) if checkpoint else -1)
 
     @peaks.phase("save")
-    def save() -> None:
+    def save(*, later: bool = False) -> None:
         tensors, state = pack(optimiser.state())
         sizes = {phase: chunk.size for phase, chunk in chunks.items()}
         kept = None if pending is None else pending.state()
@@ -107,6 +114,7 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
             optimiser.steps,
             {"model": named, "optimiser": tensors},
             {"optimiser": state, "chunks": sizes, "pending": kept},
+            later=later and ctx.recipe.parallel.asynchronous_checkpoints,
         )
 
     @peaks.phase("train")
@@ -145,9 +153,12 @@ def run_steps(ctx: StageContext, task: Task, section: StepsSection) -> int:
                 ctx.run.alert(task.stage, done, alert)
             metrics.log(done, values)
             bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
-            if ctx.should_stop() or done % CHECKPOINT_EVERY == 0 or done == steps:
-                save()
-            ctx.check_stop()
+            store.settle(wait=False)
+            stop = ctx.stopping()
+            if stop or done % CHECKPOINT_EVERY == 0 or done == steps:
+                save(later=not stop and done < steps)
+            if stop:
+                ctx.stop()
     metrics.close()
     return steps
 
@@ -180,6 +191,15 @@ def _step(
     return _Done(values | facts, alert)
 
 
+def note_processes(ctx: StageContext, checkpoint: Checkpoint, stage: str) -> None:
+    """Says so where a checkpoint comes from another number of processes."""
+    if checkpoint.processes != ctx.world.size:
+        ctx.say(
+            f"[{stage}] goes on with {ctx.world.size} process(es) from a checkpoint of {checkpoint.processes}; the "
+            "batches stay as they are"
+        )
+
+
 def load_trainee(recipe: Recipe, device: str, adapter: str) -> Any:
     """The base model ready to be trained: float32 master weights, or a frozen trunk under a fresh LoRA adapter."""
     section = recipe.model
@@ -192,7 +212,10 @@ def save_arm(ctx: StageContext, model: Any, dialogue: DialogueFormat, arm: str, 
     """Save a trained arm under ``models/ARM`` with its card; ``what`` says in a sentence how it was made."""
     folder: Path = ctx.run.path / "models" / arm
     card = model_card(ctx.recipe, arm, what, dialogue.stop_strings)
-    save_causal_lm(model, dialogue.tokens, folder, stop_strings=dialogue.stop_strings, card=card)
+    with whole_on_cpu(model, keep=ctx.world.is_main):
+        ctx.world.main(
+            lambda: save_causal_lm(model, dialogue.tokens, folder, stop_strings=dialogue.stop_strings, card=card)
+        )
     return folder
 
 
@@ -214,12 +237,15 @@ def _checks_now(step: int, steps: int) -> bool:
     return step * HELD_OUT_CHECKS // steps > (step - 1) * HELD_OUT_CHECKS // steps
 
 
-def _restore(checkpoint: Checkpoint, named: dict[str, nn.Parameter], optimiser: Optimiser, stage: str) -> None:
-    tensors = checkpoint.tensors("model")
+def _restore(
+    ctx: StageContext, checkpoint: Checkpoint, named: dict[str, nn.Parameter], optimiser: Optimiser, stage: str
+) -> None:
+    note_processes(ctx, checkpoint, stage)
+    tensors = checkpoint.tensors("model", like=named)
     if tensors.keys() != named.keys():
         odd = sorted(tensors.keys() ^ named.keys())[:3]
         raise CheckpointError(f"{stage}: the checkpoint at {checkpoint.path} is of another model: {odd} do not match")
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
-    optimiser.load_state(unpack(checkpoint.tensors("optimiser"), checkpoint.state["optimiser"]))
+    optimiser.load_state(unpack(checkpoint.tensors("optimiser", like=optimiser.like()), checkpoint.state["optimiser"]))

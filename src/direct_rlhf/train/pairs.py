@@ -13,8 +13,9 @@ from torch import Tensor
 from direct_rlhf.data.dialogue import DialogueFormat
 from direct_rlhf.data.types import PreferencePair
 from direct_rlhf.errors import DataError
-from direct_rlhf.models.batches import BATCH_TOKENS, by_length, padded
+from direct_rlhf.models.batches import BATCH_TOKENS, padded
 from direct_rlhf.recipe.schema import DataSection
+from direct_rlhf.train.parallel import Cut, everything
 
 Which = Literal["reward", "cost"]  # a section of the recipe that trains a reward model
 
@@ -33,7 +34,7 @@ class EncodedPair:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def of_kinds(pairs: Sequence[PreferencePair], kinds: Sequence[str], which: Which) -> list[PreferencePair]:
+def of_kinds(pairs: Sequence[PreferencePair], kinds: Sequence[str], which: str) -> list[PreferencePair]:
     """The pairs of these kinds (all, if none is named). DataError if there are pairs and none of them fits."""
     kept = [pair for pair in pairs if not kinds or pair.kind in kinds]
     if pairs and not kept:
@@ -71,14 +72,20 @@ class PairBatch:
     ids_BL: Tensor
     mask_BL: Tensor
     answer_BL: Tensor  # True on answer tokens
+    counts: bool = True  # False: it keeps step with the other processes, and its loss must not count
 
 
-def pair_batches(pairs: Sequence[EncodedPair], device: str, tokens: int = BATCH_TOKENS) -> Iterator[PairBatch]:
-    """All ``pairs`` in batches of like length and at most ``tokens`` slots; both answers of a pair share a batch."""
-    for rows in by_length([pair.length for pair in pairs], range(len(pairs)), tokens // 2):
+def pair_batches(
+    pairs: Sequence[EncodedPair], device: str, tokens: int = BATCH_TOKENS, cut: Cut = everything
+) -> Iterator[PairBatch]:
+    """``pairs`` in batches of like length and at most ``tokens`` slots; both answers of a pair share a batch.
+
+    ``cut`` says which of them are this process's.
+    """
+    for rows, counts in cut([pair.length for pair in pairs], range(len(pairs)), tokens // 2):
         chunk = [pairs[row] for row in rows]
         sequences = [p.prompt_ids + p.chosen_ids for p in chunk] + [p.prompt_ids + p.rejected_ids for p in chunk]
         ids_BL, mask_BL = padded(sequences, device)
         prompt_B1 = torch.tensor([[len(p.prompt_ids)] for p in chunk * 2], device=device)
         answer_BL = mask_BL & (torch.arange(ids_BL.shape[1], device=device) >= prompt_B1)
-        yield PairBatch(rows, ids_BL, mask_BL, answer_BL)
+        yield PairBatch(rows, ids_BL, mask_BL, answer_BL, counts)

@@ -29,6 +29,7 @@ from direct_rlhf.models.loading import save_causal_lm
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.peaks import phase
 from direct_rlhf.models.roles import COST_CRITIC, CRITIC, POLICY, Roles
+from direct_rlhf.models.sharded import gathered, whole_on_cpu
 from direct_rlhf.randomness import cycle
 from direct_rlhf.recipe.schema import KLSection, OptimiserSection, PpoSection
 from direct_rlhf.rollout.native import SAMPLERS, sample, sampler_path
@@ -39,9 +40,11 @@ from direct_rlhf.run.points import point
 from direct_rlhf.train import guard, progress
 from direct_rlhf.train.experience import Judges, Scored, estimate, old_values, rollout_statistics, score
 from direct_rlhf.train.health import detect, fault_alert
+from direct_rlhf.train.loop import note_processes
 from direct_rlhf.train.progress import Progress, Work
-from direct_rlhf.train.prompts import HELD_OUT, encode_prompts, sampling_settings
+from direct_rlhf.train.prompts import HELD_OUT, encode_prompts, sampled_together, sampling_settings
 from direct_rlhf.train.rehearsal import rehearse
+from direct_rlhf.train.sampler import VllmSampler
 from direct_rlhf.train.start import Sources, start
 from direct_rlhf.train.step import Optimiser, Step
 from direct_rlhf.train.update import Learner, Position, TextWindows, update
@@ -78,6 +81,7 @@ class Trainer:
     best_store: CheckpointStore
     progress: Progress
     work: Work
+    vllm: VllmSampler | None = None  # None: this package samples
 
     @property
     def arm(self) -> str:
@@ -92,8 +96,11 @@ class Trainer:
         return self.learner.roles
 
     @phase("save")
-    def save(self) -> None:
-        progress.save(self.store, self.progress, self.work, self.roles, self.learner.optimisers, self.chunks)
+    def save(self, *, later: bool = False) -> None:
+        later = later and self.ctx.recipe.parallel.asynchronous_checkpoints
+        progress.save(
+            self.store, self.progress, self.work, self.roles, self.learner.optimisers, self.chunks, later=later
+        )
 
 
 def train_ppo(ctx: StageContext, data: PromptData, inputs: Inputs) -> Path:
@@ -110,7 +117,12 @@ def train_ppo(ctx: StageContext, data: PromptData, inputs: Inputs) -> Path:
         if state.iteration < section.iterations and not state.stopped:
             with phase("update"):
                 rehearse(
-                    trainer.learner, trainer.judges, trainer.prompts, inputs.tokens, trainer.settings, ctx.check_stop
+                    trainer.learner,
+                    trainer.judges,
+                    trainer.prompts,
+                    inputs.tokens,
+                    trainer.settings,
+                    ctx.check_stop_together,
                 )
             _first_probe(trainer)
         with ctx.progress(f"PPO ({inputs.arm})", total=section.iterations) as bar:
@@ -121,8 +133,9 @@ def train_ppo(ctx: StageContext, data: PromptData, inputs: Inputs) -> Path:
                 shown = {name: values[name] for name in ("reward_mean", "kl_sequence", "length_mean") if name in values}
                 bar.advance(1, **shown)
                 done = state.iteration == section.iterations or bool(state.stopped)
+                trainer.store.settle(wait=False)
                 if state.iteration % section.checkpoint_every == 0 or done:
-                    trainer.save()
+                    trainer.save(later=not done)
                 point("ppo.iteration")
     except Interrupted:
         trainer.save()
@@ -133,6 +146,8 @@ def train_ppo(ctx: StageContext, data: PromptData, inputs: Inputs) -> Path:
             ctx.run.alert(inputs.arm, state.iteration + 1, row | {"last": last})
         raise
     metrics.close()
+    if trainer.vllm is not None:
+        trainer.vllm.close()
     return _export(trainer)
 
 
@@ -150,6 +165,7 @@ def _iteration(trainer: Trainer) -> dict[str, float]:
         work.scored = _score(trainer, work.rollout, prompts, cap)
         point("ppo.scored")
     weights = {"kl_coefficient": state.kl_coefficient, "multiplier": state.multiplier}
+    weights["truncate"] = ctx.recipe.rollout.correction.truncate
     if not work.warmed:
         if number == 0 and section.critic.warmup:
             _warm_up(trainer, weights)
@@ -158,8 +174,10 @@ def _iteration(trainer: Trainer) -> dict[str, float]:
     experience = estimate(work.scored, section=section, **weights)
     if not work.values:
         with phase("update"):
-            stats = update(experience, learner, iteration=number, position=work.position, check_stop=ctx.check_stop)
-        work.values = rollout_statistics(experience, prompts) | stats
+            stats = update(
+                experience, learner, iteration=number, position=work.position, check_stop=ctx.check_stop_together
+            )
+        work.values = ctx.world.main(lambda: rollout_statistics(experience, prompts)) | stats
         work.values |= {"kl_coefficient": state.kl_coefficient, "length_cap": float(cap)}
         if section.lagrangian.enabled:
             work.values["multiplier"] = state.multiplier
@@ -182,20 +200,24 @@ def _iteration(trainer: Trainer) -> dict[str, float]:
 @phase("update")
 def _warm_up(trainer: Trainer, weights: dict[str, float]) -> None:
     """Critic-only updates before the policy moves for the first time; then the values are those of the new critics."""
-    work, learner = trainer.work, trainer.learner
+    work, learner, ctx = trainer.work, trainer.learner, trainer.ctx
     assert work.scored is not None
-    check_stop = trainer.ctx.check_stop
     update(
         estimate(work.scored, section=trainer.section, **weights),
         learner,
         iteration=0,
         position=work.position,
-        check_stop=check_stop,
+        check_stop=ctx.check_stop_together,
         critic_only_steps=trainer.section.critic.warmup,
     )
     values = {
         role: old_values(
-            work.scored.rollout, role, roles=learner.roles, chunk=trainer.chunks["score"], check_stop=check_stop
+            work.scored.rollout,
+            role,
+            roles=learner.roles,
+            chunk=trainer.chunks["score"],
+            check_stop=ctx.check_stop,
+            world=ctx.world,
         )
         for role in learner.roles.trained[1:]
     }
@@ -245,21 +267,28 @@ def _sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, list[int]]], iterat
     settings = trainer.settings
     if iteration != HELD_OUT:
         settings = replace(settings, max_new_tokens=rollout_cap(trainer.section, iteration))
+    version = trainer.learner.policy_version
+    if trainer.vllm is not None:
+        prompts = [ids for _, ids in chosen]
+        return trainer.vllm.sample(prompts, keys, settings, policy_version=version, each=each)
 
-    def attempt(size: int) -> Rollout:
-        with trainer.roles.acting() as policy:
-            return sample(
-                policy,
-                trainer.inputs.tokens,
-                [ids for _, ids in chosen],
-                keys,
-                settings,
-                policy_version=trainer.learner.policy_version,
-                batch_size=size,
-                should_stop=trainer.ctx.should_stop,
-            ).cpu()
+    with trainer.roles.acting() as policy, gathered(policy):
 
-    return trainer.chunks["sample"].run(attempt)
+        def draw(rows: list[int]) -> Rollout:
+            return trainer.chunks["sample"].run(
+                lambda size: sample(
+                    policy,
+                    trainer.inputs.tokens,
+                    [chosen[row][1] for row in rows],
+                    [keys[row] for row in rows],
+                    settings,
+                    policy_version=version,
+                    batch_size=size,
+                    should_stop=trainer.ctx.should_stop,
+                ).cpu()
+            )
+
+        return sampled_together(trainer.ctx.world, len(chosen), draw, each=each)
 
 
 @phase("score")
@@ -273,6 +302,7 @@ def _score(trainer: Trainer, rollout: Rollout, prompts: Sequence[Prompt], cap: i
         cap=cap,
         check_stop=trainer.ctx.check_stop,
         chunk=trainer.chunks["score"],
+        world=trainer.ctx.world,
     )
 
 
@@ -345,9 +375,13 @@ def _look(trainer: Trainer) -> dict[str, list[float]]:
     probe = trainer.inputs.probe
     if probe is None:
         raise ConfigError(f"ppo.guard.action = {trainer.section.guard.action}: needs a probe of general skill")
-    with trainer.roles.acting() as policy:
+
+    def look() -> dict[str, list[float]]:
         scores = probe(policy, should_stop=trainer.ctx.should_stop)
-    return {task: list(map(float, values)) for task, values in scores.items()}
+        return {task: list(map(float, values)) for task, values in scores.items()}
+
+    with trainer.roles.acting() as policy, gathered(policy):
+        return trainer.ctx.world.main(look)
 
 
 def _guard(trainer: Trainer, verdict: guard.Verdict, iteration: int) -> None:
@@ -375,7 +409,8 @@ def _guard(trainer: Trainer, verdict: guard.Verdict, iteration: int) -> None:
 def _watch(trainer: Trainer, values: dict[str, float], cap: int) -> None:
     """Say each new alert once, and apply the KL stop rule."""
     section, state = trainer.section, trainer.progress
-    for alert in detect(state.history, cap=cap, kl_target=section.kl.target):
+    apart = trainer.ctx.recipe.rollout.correction.alert_above
+    for alert in detect(state.history, cap=cap, kl_target=section.kl.target, mismatch_limit=apart):
         values[f"alert_{alert.name}"] = 1.0
         if alert.name not in state.alerts:
             state.alerts.append(alert.name)
@@ -427,7 +462,11 @@ def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
         "score": SCORE_FACTOR * section.micro_batch_tokens,
         "update": section.micro_batch_tokens,
     }
-    chunks = {name: ChunkSize(f"{inputs.arm}, {name}", size, ctx.say) for name, size in sizes.items()}
+    together = ctx.world.size > 1
+    chunks = {
+        name: ChunkSize(f"{inputs.arm}, {name}", size, ctx.say, fixed=together and name == "update")
+        for name, size in sizes.items()
+    }
     trainer = Trainer(
         ctx=ctx,
         inputs=inputs,
@@ -443,6 +482,7 @@ def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
             seed=recipe.seed,
             chunk=chunks["update"],
             report=lambda step, batch: _note_fault(trainer, step, batch),
+            world=ctx.world,
         ),
         chunks=chunks,
         store=ctx.run.checkpoints(inputs.arm, keep=section.keep_checkpoints),
@@ -450,11 +490,29 @@ def _prepare(ctx: StageContext, data: PromptData, inputs: Inputs) -> Trainer:
         progress=Progress(kl_coefficient=section.kl.coefficient, multiplier=section.lagrangian.multiplier),
         work=Work(),
     )
-    path = sampler_path(roles.policy)
-    ctx.run.note(inputs.arm, {"sampler": path})
-    ctx.say(f"[{inputs.arm}] answers are sampled by {SAMPLERS[path]}")
-    trainer.work = progress.restore(trainer.store, trainer.progress, roles, trainer.learner.optimisers, chunks)
+    _settle_sampler(trainer)
+    checkpoint = trainer.store.latest()
+    if checkpoint is not None:
+        note_processes(ctx, checkpoint, inputs.arm)
+    trainer.work = progress.restore(checkpoint, trainer.progress, roles, trainer.learner.optimisers, chunks)
     return trainer
+
+
+def _settle_sampler(trainer: Trainer) -> None:
+    """Who samples: this package, or vLLM, which is reached or started now."""
+    ctx, arm, roles = trainer.ctx, trainer.arm, trainer.roles
+    if ctx.recipe.rollout.engine == "vllm":
+        longest = max(len(ids) for _, ids in [*trainer.prompts, *trainer.held_out]) + trainer.settings.max_new_tokens
+        trainer.vllm = VllmSampler.start(
+            ctx, trainer.inputs.tokens, roles, trainer.inputs.init, longest, trainer.chunks["score"]
+        )
+        sampler, words = "vllm", trainer.vllm.engine.name
+    else:
+        with gathered(roles.policy):
+            path = sampler_path(roles.policy)
+        sampler, words = path, SAMPLERS[path]
+    ctx.run.note(arm, {"sampler": sampler})
+    ctx.say(f"[{arm}] answers are sampled by {words}")
 
 
 def _optimisers(section: PpoSection, roles: Roles) -> dict[str, Optimiser]:
@@ -493,7 +551,7 @@ def _export(trainer: Trainer) -> Path:
     ctx, state, section = trainer.ctx, trainer.progress, trainer.section
     kept = trainer.best_store.latest()
     if kept is not None:
-        trainer.roles.load_state(POLICY, kept.tensors(POLICY))
+        trainer.roles.load_state(POLICY, kept.tensors(POLICY, like=trainer.roles.named(POLICY)))
     if (trainer.held_out or kept is not None) and state.best is None:
         saved = "the one PPO started from" if kept is not None else "the last one"
         skill = " and kept its general skill" if kept is not None else ""
@@ -521,12 +579,15 @@ def _export(trainer: Trainer) -> Path:
         facts["lagrangian"] = {"cost": trainer.judges.cost.name, "multiplier": state.multiplier}
     ctx.run.note(trainer.arm, facts)
     folder: Path = ctx.run.path / "models" / trainer.arm
-    save_causal_lm(
-        trainer.roles.policy,
-        trainer.inputs.tokens,
-        folder,
-        stop_strings=list(trainer.settings.stop_strings),
-        adapter=POLICY if ctx.recipe.model.tuning == "lora" else None,
-        card=f"# {trainer.arm}\n\nMade by direct-rlhf from `{ctx.recipe.model.base}`.\n",
-    )
+    with whole_on_cpu(trainer.roles.policy, keep=ctx.world.is_main):
+        ctx.world.main(
+            lambda: save_causal_lm(
+                trainer.roles.policy,
+                trainer.inputs.tokens,
+                folder,
+                stop_strings=list(trainer.settings.stop_strings),
+                adapter=POLICY if ctx.recipe.model.tuning == "lora" else None,
+                card=f"# {trainer.arm}\n\nMade by direct-rlhf from `{ctx.recipe.model.base}`.\n",
+            )
+        )
     return folder

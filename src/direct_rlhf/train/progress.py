@@ -7,7 +7,8 @@ from typing import Any, Self
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import Roles
 from direct_rlhf.rollout.types import Rollout
-from direct_rlhf.run.checkpoints import CheckpointStore, pack, unpack
+from direct_rlhf.run.checkpoints import Checkpoint, CheckpointStore
+from direct_rlhf.run.packing import pack, unpack
 from direct_rlhf.train.experience import Scored
 from direct_rlhf.train.step import Optimiser
 from direct_rlhf.train.update import Position
@@ -74,34 +75,35 @@ def save(
     roles: Roles,
     optimisers: Mapping[str, Optimiser],
     chunks: Mapping[str, ChunkSize],
+    *,
+    later: bool = False,
 ) -> None:
-    """One checkpoint: weights, optimisers, counters, and the iteration that has begun."""
+    """One checkpoint: weights, optimisers, counters, and the iteration that has begun (``later``: see the store)."""
     tensors: dict[str, Any] = {role: roles.state(role) for role in roles.trained}
     states: dict[str, Any] = {}
     for role, optimiser in optimisers.items():
         tensors[f"{role}_optimiser"], states[f"{role}_optimiser"] = pack(optimiser.state())
     tensors["work"], states["work"] = pack(work.state())
     sizes = {name: chunk.size for name, chunk in chunks.items()}
-    store.save(progress.iteration, tensors, {"progress": asdict(progress), "chunks": sizes, **states})
+    store.save(progress.iteration, tensors, {"progress": asdict(progress), "chunks": sizes, **states}, later=later)
 
 
 def restore(
-    store: CheckpointStore,
+    checkpoint: Checkpoint | None,
     progress: Progress,
     roles: Roles,
     optimisers: Mapping[str, Optimiser],
     chunks: Mapping[str, ChunkSize],
 ) -> Work:
-    """Everything as the newest good checkpoint has it, and the iteration that had begun; a new one without any."""
-    checkpoint = store.latest()
+    """Everything as the checkpoint has it, and the iteration that had begun; a new one without any."""
     if checkpoint is None:
         return Work()
     work = checkpoint.part("work")  # before anything is changed
     for role in roles.trained:
-        roles.load_state(role, checkpoint.tensors(role))
+        roles.load_state(role, checkpoint.tensors(role, like=roles.named(role)))
     for role, optimiser in optimisers.items():
         name = f"{role}_optimiser"
-        optimiser.load_state(unpack(checkpoint.tensors(name), checkpoint.part(name)))
+        optimiser.load_state(unpack(checkpoint.tensors(name, like=optimiser.like()), checkpoint.part(name)))
     for name, value in checkpoint.part("progress").items():
         setattr(progress, name, value)
     for name, size in checkpoint.part("chunks").items():

@@ -9,6 +9,7 @@ from direct_rlhf.data.tokens import Tokens
 from direct_rlhf.data.types import Prompt
 from direct_rlhf.errors import BackendError, DirectRLHFError
 from direct_rlhf.models.roles import POLICY
+from direct_rlhf.models.sharded import gathered
 from direct_rlhf.rollout.types import FinishReason, Rollout, SampleKey, SamplingSettings
 from direct_rlhf.train.experience import Experience, Judges, Scored, answers_of, batch_of
 from direct_rlhf.train.reward_sources import ModelRewardSource
@@ -31,7 +32,7 @@ def rehearse(
     prompt, prompt_ids = max(prompts, key=lambda pair: len(pair[1]))
     length = settings.max_new_tokens
     total = len(prompt_ids) + length
-    rows = min(learner.section.minibatch_size, max(learner.chunk.size // total, 1))
+    rows = min(learner.section.minibatch_size, learner.world.size * max(learner.chunk.size // total, 1))
     rollout = longest_rollout(prompt_ids, prompt, rows, length, tokens)
     experience = blank_experience(rollout, with_cost=judges.cost is not None)
     minibatch, count = list(range(rows)), float(rollout.action_mask_BT.sum())
@@ -54,7 +55,8 @@ def rehearse(
             learner.chunk.run(partial(gradients, role))
             learner.optimisers[role].forget()
         role = "reference"
-        learner.chunk.run(reference)
+        with gathered(learner.roles.reference or learner.roles.policy):
+            learner.chunk.run(reference)
         role = "reward model"
         for judge in (judges.reward, judges.cost):
             if isinstance(judge, ModelRewardSource):

@@ -21,14 +21,16 @@ from direct_rlhf.errors import DataError
 from direct_rlhf.maths.intervals import wilson
 from direct_rlhf.maths.losses import bradley_terry
 from direct_rlhf.models.batches import BATCH_TOKENS
-from direct_rlhf.models.loading import autocast, base_sha256, load_for
+from direct_rlhf.models.loading import autocast, base_identity, load_for
 from direct_rlhf.models.reward_model import ADAPTER, QUANTILES, Facts, Normalisation, RewardModel
 from direct_rlhf.models.scalar import ScalarModel
+from direct_rlhf.models.sharded import gathered, whole_on_cpu
 from direct_rlhf.recipe.schema import Recipe, RewardSection
 from direct_rlhf.rollout.types import SamplingSettings
 from direct_rlhf.run.context import StageContext
 from direct_rlhf.train.loop import HELD_OUT_ITEMS, Task, load_trainee, run_steps
-from direct_rlhf.train.pairs import EncodedPair, Which, encode_pairs, of_kinds, pair_batches
+from direct_rlhf.train.pairs import EncodedPair, encode_pairs, of_kinds, pair_batches
+from direct_rlhf.train.parallel import Cut, Layout, spread, to_measure, to_train
 from direct_rlhf.train.prompts import SAMPLED_AT_ONCE, base_answers, encode_prompts, sampling_settings
 from direct_rlhf.train.reward_sources import Answer, check_finite
 
@@ -37,50 +39,64 @@ ANSWER_SLACK = 3  # a sampled token that is not valid text can become three when
 
 
 def train_reward_model(
-    ctx: StageContext, data: PreferenceData, *, tokens: Tokens | None = None, which: Which = "reward"
+    ctx: StageContext,
+    data: PreferenceData,
+    *,
+    tokens: Tokens | None = None,
+    which: str = "reward",
+    section: RewardSection | None = None,
 ) -> Path:
     """Train a reward model from the base, normalise it, and save it as ``reward_model`` (or ``cost_model``) of the run.
 
-    ``which`` names the recipe's section. A cost model is a reward model too: cost = -(its score).
+    ``which`` names the recipe's section; with a ``section`` given, metrics and the folder ``WHICH_model`` alone. A cost
+    model is a reward model too: cost = -(its score).
     Errors: DataError if no pair fits, if margins are asked for and missing, or if all samples get the same score.
     """
     recipe = ctx.recipe
-    section: RewardSection = getattr(recipe, which)
-    title = f"{which} model"
+    section = section or getattr(recipe, which)
+    title = f"{which.replace('_', ' ')} model"
     tokens = tokens or load_tokens(recipe.model.base, revision=recipe.model.revision)
     dialogue = DialogueFormat(recipe.dialogue, tokens)
     train = encode_pairs(of_kinds(data.train, section.kinds, which), dialogue, recipe.data)
     held_out = encode_pairs(of_kinds(data.held_out, section.kinds, which), dialogue, recipe.data)[:HELD_OUT_ITEMS]
     if section.margin:
         _check_margins(train)
-    trainee = load_trainee(recipe, ctx.device, ADAPTER)
-    base_identity = base_sha256(trainee)
-    scalar = ScalarModel.from_base(trainee, seed=recipe.seed)
+    layout = Layout.of(ctx)
+    trainee = load_trainee(recipe, layout.loads_on, ADAPTER)
+    identity = ctx.world.main(lambda: base_identity(recipe.model, trainee))
+    scalar = layout.trained(ScalarModel.from_base(trainee, seed=recipe.seed))
+    training, measuring = to_train(ctx.world), to_measure(ctx.world)
 
     def accumulate(rows: list[int], slots: int) -> dict[str, float]:
-        return pair_loss([train[row] for row in rows], slots, backward=True)
+        return ctx.world.sum(pair_loss([train[row] for row in rows], slots, training, backward=True))
 
     def evaluate(slots: int) -> dict[str, float]:
-        values = pair_loss(held_out, slots, backward=False) if held_out else {}
+        values: dict[str, float] = {}
+        if held_out:
+            with gathered(scalar):
+                share = ctx.world.together(lambda: pair_loss(held_out, slots, measuring, backward=False))
+            values = ctx.world.sum(share)
         named = {f"held_out_{name}": value for name, value in values.items()}
         if held_out:
             low, high = wilson(values["accuracy"] * len(held_out), len(held_out)) or (0.0, 1.0)
             named |= {"held_out_accuracy_low": low, "held_out_accuracy_high": high}
         return named
 
-    def pair_loss(pairs: Sequence[EncodedPair], slots: int, *, backward: bool) -> dict[str, float]:
-        """Mean loss and statistics over ``pairs``; with ``backward`` the loss's gradient is added as well."""
+    def pair_loss(pairs: Sequence[EncodedPair], slots: int, cut: Cut, *, backward: bool) -> dict[str, float]:
+        """This process's share of mean loss and statistics over ``pairs``; with ``backward`` its gradient is added."""
         n = len(pairs)
         sums = dict.fromkeys(("loss", "accuracy", "margin", "chosen_score", "rejected_score"), 0.0)
         with torch.set_grad_enabled(backward), autocast(ctx.device, recipe.model.dtype):
-            for batch in pair_batches(pairs, ctx.device, slots):
+            for batch in pair_batches(pairs, ctx.device, slots, cut):
                 if not backward:
                     ctx.check_stop()
                 chosen_B, rejected_B = scalar.scores(batch.ids_BL, batch.mask_BL).chunk(2)
                 margin_B = margins([pairs[row] for row in batch.rows]).to(ctx.device) if section.margin else None
                 loss = bradley_terry(chosen_B, rejected_B, margin_B, section.centring, denominator=n)
                 if backward:
-                    loss.backward()
+                    (loss if batch.counts else 0.0 * loss).backward()
+                if not batch.counts:
+                    continue
                 chosen_B, rejected_B = chosen_B.detach(), rejected_B.detach()
                 sums["loss"] += float(loss.detach())
                 sums["accuracy"] += float((chosen_B > rejected_B).sum()) / n
@@ -111,14 +127,15 @@ def train_reward_model(
     model = RewardModel(
         scalar=scalar,
         tokens=tokens,
-        facts=_facts(recipe, tokens, base_identity),
+        facts=_facts(recipe, tokens, identity),
         normalisation=None,
         device=ctx.device,
         dtype=recipe.model.dtype,
     )
     model = model.with_normalisation(normalise(ctx, model, data, dialogue, section.normalisation_prompts))
     folder = ctx.run.path / f"{which}_model"
-    model.save(folder)
+    with whole_on_cpu(scalar, keep=ctx.world.is_main):
+        ctx.world.main(lambda: model.save(folder))
     return folder
 
 
@@ -141,7 +158,9 @@ def normalise(
             f"{MIN_FINISHED}), so cut ones are used to normalise as well; add dialogue.stop_strings, raise "
             "ppo.sampling.max_new_tokens or reward.normalisation_prompts"
         )
-    scores = model.raw([(answer.turns, answer.text, answer.finished) for answer in used])
+    items = [(answer.turns, answer.text, answer.finished) for answer in used]
+    with gathered(model.scalar):
+        scores = spread(ctx.world, [len(item[1]) for item in items], lambda rows: model.raw([items[r] for r in rows]))
     scores = check_finite(scores, used, "reward model")
     return statistics(
         scores,
@@ -195,21 +214,29 @@ def _sample_base(
     if not shared:
         base = load_for(section, section.base, dtype=section.dtype, device=ctx.device)
     answers: list[Answer] = []
+    at_once = SAMPLED_AT_ONCE * ctx.world.size
     with (
+        gathered(model.scalar) if shared else nullcontext(),
         trunk.disable_adapter() if shared else nullcontext(),
         autocast(ctx.device, section.dtype),
         ctx.progress("normalisation: the base's answers", total=len(prompts)) as bar,
     ):
-        for start in range(0, len(prompts), SAMPLED_AT_ONCE):
-            part = prompts[start : start + SAMPLED_AT_ONCE]
+        for start in range(0, len(prompts), at_once):
+            part = prompts[start : start + at_once]
             answers += base_answers(
-                base, part, model.dialogue.tokens, settings, seed=ctx.recipe.seed, should_stop=ctx.should_stop
+                base,
+                part,
+                model.dialogue.tokens,
+                settings,
+                seed=ctx.recipe.seed,
+                should_stop=ctx.should_stop,
+                world=ctx.world,
             )
             bar.advance(len(part))
     return answers
 
 
-def _facts(recipe: Recipe, tokens: Tokens, base_identity: str) -> Facts:
+def _facts(recipe: Recipe, tokens: Tokens, identity: str) -> Facts:
     base = recipe.model.base
     local = Path(base)
     return Facts(
@@ -218,9 +245,10 @@ def _facts(recipe: Recipe, tokens: Tokens, base_identity: str) -> Facts:
         max_answer_tokens=max(recipe.data.max_answer_tokens, ANSWER_SLACK * recipe.ppo.sampling.max_new_tokens + 1),
         base=str(local.absolute()) if local.is_dir() else base,
         revision=recipe.model.revision,
-        base_sha256=base_identity,
+        base_sha256=identity,
         tokenizer_sha256=tokens.sha256,
         tuning=recipe.model.tuning,
+        quantise=recipe.model.quantise,
     )
 
 

@@ -10,7 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from direct_rlhf.data.types import Turns
 from direct_rlhf.errors import BackendError, ConfigError, DivergenceError
+from direct_rlhf.models.sharded import gathered
 from direct_rlhf.recipe.schema import HttpReward, PythonReward
+from direct_rlhf.run.world import World
+from direct_rlhf.train.parallel import spread
 
 RawReward = Callable[[list[dict[str, Any]]], Sequence[float]]
 
@@ -58,9 +61,17 @@ class ModelRewardSource:
     model: Any
     name: str
     low_quantile: float
+    world: World = field(default_factory=World)
 
     def score(self, answers: Sequence[Answer]) -> Tensor:
-        scores = self.model.score([(answer.turns, answer.text, answer.finished) for answer in answers])
+        """Each process scores its share."""
+        items = [(answer.turns, answer.text, answer.finished) for answer in answers]
+        if self.world.size == 1:
+            return check_finite(self.model.score(items), answers, self.name)
+        with gathered(self.model.scalar):
+            scores = spread(
+                self.world, [len(item[1]) for item in items], lambda rows: self.model.score([items[r] for r in rows])
+            )
         return check_finite(scores, answers, self.name)
 
 
@@ -73,8 +84,16 @@ class CallableReward:
     mean: float = 0.0
     std: float = 1.0
     low_quantile: float = 0.0
+    world: World = field(default_factory=World)
 
     def score(self, answers: Sequence[Answer]) -> Tensor:
+        """The user's code is called by the first process alone, with all answers, as where there is but one."""
+        if self.world.size > 1:
+            scores = self.world.main(lambda: self._score(answers).tolist())
+            return torch.tensor(scores, dtype=torch.float32)
+        return self._score(answers)
+
+    def _score(self, answers: Sequence[Answer]) -> Tensor:
         return check_finite((self.score_raw(answers) - self.mean) / self.std, answers, self.name)
 
     def score_raw(self, answers: Sequence[Answer]) -> Tensor:
@@ -106,7 +125,7 @@ class CallableReward:
         mean = float(raw.mean())
         done = torch.tensor([answer.finished for answer in answers])
         low = torch.quantile(raw[done] if done.any() else raw, 0.05)
-        return CallableReward(self.raw, self.name, mean, std, (float(low) - mean) / std)
+        return CallableReward(self.raw, self.name, mean, std, (float(low) - mean) / std, self.world)
 
 
 def check_finite(scores: Tensor, answers: Sequence[Answer], name: str) -> Tensor:

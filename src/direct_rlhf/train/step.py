@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from direct_rlhf.errors import DivergenceError
 from direct_rlhf.recipe.schema import OptimiserSection
+from direct_rlhf.run.shards import is_shard
 
 SPIKE_WINDOW = 128  # steps whose gradient norms a new one is compared with
 SPIKE_MIN = 32  # fewer than these say nothing
@@ -77,13 +78,20 @@ class Optimiser:
         self.steps = 0
         self._skipped = 0  # in a row
         self._spikes = GradientSpikes(section.spike_sigma)
-        self._adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=section.learning_rate,
-            betas=section.betas,
-            weight_decay=section.weight_decay,
-            fused=True,
-        )
+        self._adamw: Any = self._made()
+
+    def _made(self) -> Any:
+        section = self.section
+        usual: dict[str, Any] = {
+            "lr": section.learning_rate,
+            "betas": section.betas,
+            "weight_decay": section.weight_decay,
+        }
+        if section.kind == "adamw":
+            return torch.optim.AdamW(self.parameters, **usual, fused=True)
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(self.parameters, **usual)
 
     @property
     def learning_rate(self) -> float:
@@ -99,7 +107,9 @@ class Optimiser:
         has changed then.
         """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        if is_shard(norm):
+            norm = norm.full_tensor()
         norm_value = float(norm)  # on the host, before the step: after it the weights could not be saved any more
         found = self._judge(loss, norm_value, where)
         if found.taken:
@@ -140,6 +150,11 @@ class Optimiser:
                 "rate, or look at this batch; resume from the last checkpoint."
             )
         return found
+
+    def like(self) -> dict[str, Tensor]:
+        """The moments' names in a packed ``state()``, and the parameter that each lies like."""
+        moments = ("exp_avg", "exp_avg_sq")
+        return {f"adamw/{place}/{name}": tensor for place, tensor in enumerate(self.parameters) for name in moments}
 
     def state(self) -> dict[str, Any]:
         """Nested dict of tensors and numbers: AdamW's moments by parameter place, steps done, the guards' memory."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from direct_rlhf.errors import DivergenceError
 from direct_rlhf.maths.losses import nll, policy_loss, value_loss
 from direct_rlhf.maths.masked import masked_mean
-from direct_rlhf.models.batches import by_length
 from direct_rlhf.models.forward import token_logprobs
 from direct_rlhf.models.memory import ChunkSize
 from direct_rlhf.models.roles import COST_CRITIC, POLICY, Roles
@@ -25,7 +24,9 @@ from direct_rlhf.randomness import generator, permutation
 from direct_rlhf.recipe.schema import PpoSection
 from direct_rlhf.rollout.types import Rollout
 from direct_rlhf.run.points import point
+from direct_rlhf.run.world import World
 from direct_rlhf.train.experience import Batch, Experience, action_values, batch_of, total_lengths
+from direct_rlhf.train.parallel import to_train
 from direct_rlhf.train.step import Optimiser, Step
 
 RATIO_TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (float("inf"), 0.02)}  # largest and mean |logp - old|, nats
@@ -60,6 +61,7 @@ class Learner:
     seed: int
     chunk: ChunkSize  # padded slots of a micro-batch
     report: Callable[[Step, list[str]], None] = lambda step, batch: None  # a step with a fault, and its prompts' ids
+    world: World = field(default_factory=World)
 
     @property
     def policy_version(self) -> int:
@@ -176,13 +178,17 @@ def _minibatch(
 
 
 def _micro_batches(
-    experience: Experience, minibatch: Sequence[int], budget: int, device: str
+    experience: Experience, minibatch: Sequence[int], budget: int, learner: Learner
 ) -> Iterator[tuple[list[int], Batch, Tensor]]:
-    """(rows, batch, train mask [b, T] trimmed as the batch is) of each micro-batch."""
-    rollout = experience.scored.rollout
-    for rows in by_length(total_lengths(rollout), minibatch, budget):
+    """(rows, batch, train mask [b, T] trimmed as the batch is) of each of this process's micro-batches.
+
+    One that keeps step with the other processes alone has an empty mask.
+    """
+    rollout, device = experience.scored.rollout, learner.roles.device
+    for rows, counts in to_train(learner.world)(total_lengths(rollout), minibatch, budget):
         batch = batch_of(rollout, rows, device)
-        yield rows, batch, experience.train_mask_BT[rows, : batch.response_slots].to(device)
+        mask = experience.train_mask_BT[rows, : batch.response_slots].to(device)
+        yield rows, batch, mask if counts else torch.zeros_like(mask)
 
 
 def critic_gradients(
@@ -197,7 +203,7 @@ def critic_gradients(
         old_BT, return_BT, name = scored.cost_value_BT, experience.cost_return_BT, "cost_value"
     loss_sum = clipped = 0.0
     with roles.criticising(role) as critic:
-        for rows, batch, mask in _micro_batches(experience, minibatch, budget, roles.device):
+        for rows, batch, mask in _micro_batches(experience, minibatch, budget, learner):
             slots = slice(None, batch.response_slots)
             term = value_loss(
                 action_values(critic, batch).float(),
@@ -210,7 +216,7 @@ def critic_gradients(
             term.loss.backward()
             loss_sum += float(term.loss.detach())
             clipped += float(term.clip_fraction)
-    return {"loss": loss_sum, f"{name}_loss": loss_sum, f"{name}_clip_fraction": clipped}
+    return learner.world.sum({"loss": loss_sum, f"{name}_loss": loss_sum, f"{name}_clip_fraction": clipped})
 
 
 def policy_gradients(
@@ -230,7 +236,7 @@ def policy_gradients(
     sums = dict.fromkeys(("policy_loss", "clip_fraction", "k3_old_new", "entropy", "ratio_mean"), 0.0)
     new_and_old: list[tuple[Tensor, Tensor]] = []  # log-probabilities of all tokens of an iteration's first minibatch
     with roles.acting() as policy:
-        for rows, batch, mask in _micro_batches(experience, minibatch, budget, roles.device):
+        for rows, batch, mask in _micro_batches(experience, minibatch, budget, learner):
             target = torch.zeros_like(batch.action_BL)
             target[:, batch.prompt_slots :] = mask
             new = token_logprobs(
@@ -247,6 +253,7 @@ def policy_gradients(
             old_BT = experience.scored.rollout.logprob_BT[rows, slots].to(roles.device)
             if epoch == start == 0:
                 new_and_old.append((logprob_BT.detach()[mask], old_BT[mask]))
+            corrected = experience.correction
             term = policy_loss(
                 logprob_BT,
                 old_BT,
@@ -254,6 +261,7 @@ def policy_gradients(
                 mask,
                 clip=section.clip,
                 dual_clip=section.dual_clip,
+                weight_BT=None if corrected is None else corrected.weight_BT[rows, slots].to(roles.device),
                 denominator=tokens,
             )
             entropy = torch.where(mask, entropy_BT, 0.0).sum() / tokens
@@ -265,26 +273,29 @@ def policy_gradients(
             sums["k3_old_new"] += float(term.k3)
             sums["ratio_mean"] += float(term.ratio_mean)
         if new_and_old:
-            new_N, old_N = map(torch.cat, zip(*new_and_old, strict=True))
+            shares = learner.world.gather([torch.cat(part) for part in zip(*new_and_old, strict=True)])
+            new_N, old_N = map(torch.cat, zip(*shares, strict=True))
             check_ratio(new_N, old_N, torch.ones_like(new_N).bool(), dtype=roles.dtype, where=f"iteration {iteration}")
         if text is not None and text.weight > 0:
-            sums["ptx_nll"] = _ptx_backward(policy, text, key, roles.device, budget)
+            sums["ptx_nll"] = _ptx_backward(policy, text, key, budget, learner)
+    sums = learner.world.sum(sums)
     total = sums["policy_loss"] + (text.weight * sums["ptx_nll"] if "ptx_nll" in sums and text else 0.0)
     return {"loss": total, **sums}
 
 
-def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], device: str, budget: int) -> float:
+def _ptx_backward(policy: Any, text: TextWindows, key: tuple[int, ...], budget: int, learner: Learner) -> float:
     """Adds the gradient of weight * NLL (token mean) on pretraining text.
 
-    Returns the NLL, nats per token.
+    Returns this process's share of the NLL, nats per token.
     """
-    ids_BL, mask_BL = (tensor.to(device) for tensor in text.batch(*key))
+    ids_BL, mask_BL = (tensor.to(learner.roles.device) for tensor in text.batch(*key))
     target_BL = mask_BL.clone()
     target_BL[:, 0] = False
     tokens, total = float(target_BL.sum()), 0.0
-    for rows in by_length(mask_BL.sum(1).tolist(), range(len(ids_BL)), budget):
-        logprob_bL = token_logprobs(policy, ids_BL[rows], mask_BL[rows], target_BL[rows]).logprob_BL
-        loss = nll(logprob_bL, target_BL[rows], denominator=tokens)
+    for rows, counts in to_train(learner.world)(mask_BL.sum(1).tolist(), range(len(ids_BL)), budget):
+        target_bL = target_BL[rows] if counts else torch.zeros_like(target_BL[rows])
+        logprob_bL = token_logprobs(policy, ids_BL[rows], mask_BL[rows], target_bL).logprob_BL
+        loss = nll(logprob_bL, target_bL, denominator=tokens)
         (text.weight * loss).backward()
         total += float(loss.detach())
     return total
