@@ -7,7 +7,7 @@ import random
 import pytest
 
 from direct_rlhf import stages
-from direct_rlhf.errors import ConfigError, Interrupted
+from direct_rlhf.errors import BackendError, ConfigError, Interrupted
 from direct_rlhf.recipe.load import load_recipe
 from direct_rlhf.run.directory import RunDirectory
 from toys import toy_folder
@@ -168,3 +168,11 @@ def test_every_row_of_the_data_is_accounted_for(finished):
     assert facts["preferences"]["read"] == 120
     rejected = (path / "rejected.jsonl").read_text().splitlines() if (path / "rejected.jsonl").exists() else []
     assert facts["preferences"]["read"] == facts["preferences"]["kept"] + len(rejected)
+
+
+def test_a_vllm_server_that_is_not_there_is_said_before_anything_is_trained(hh_folder, tmp_path):
+    server = ["rollout.engine=vllm", "rollout.vllm.url=http://127.0.0.1:9", "rollout.vllm.retries=0"]
+    with pytest.raises(BackendError, match="failed 1 times"):
+        run(hh_folder, toy_folder(tmp_path / "base"), tmp_path, *server)
+    assert not list(tmp_path.glob("*/stages/reward_model.json"))
+    assert list(tmp_path.glob("*/stages/data.json"))

@@ -268,6 +268,7 @@ class Study:
                 raise ConfigError(f"--only {only}: this recipe's arms ({arms}) do not need that stage")
         if any(name == "evaluation" for name, _ in wanted):
             self.check_judge()
+        self.check_sampler([name for name, _ in wanted])
         for _, stage in wanted:
             stage()
 
@@ -513,6 +514,17 @@ class Study:
 
         if "conversation" in self.recipe.evaluation.suites:
             self.world.main(lambda: Judging(self.context, self.loaded.folder).check())
+
+    def check_sampler(self, stages: Sequence[str]) -> None:
+        """A vLLM server that PPO will ask is reached before anything is trained, where ``stages`` still need it."""
+        section = self.recipe.rollout
+        asked = [name for name in stages if name.endswith("ppo") and self.directory.stage_record(name) is None]
+        if section.engine != "vllm" or section.vllm.mode != "server" or not asked:
+            return
+        from direct_rlhf.rollout.vllm_server import Server
+
+        server, least = Server(section.vllm), self.recipe.ppo.sampling.max_new_tokens + 1  # prompts are known later
+        self.world.main(lambda: server.connect(least, self.stop))
 
     def evaluate(self, models: dict[str, str], *, compared: bool = True) -> None:
         """Measures the models, by name; ``compared``: any two of them too."""
