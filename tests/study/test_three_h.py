@@ -220,13 +220,19 @@ def test_several_runs_give_means_over_runs_with_students_interval(finished, tmp_
     other = copytree(finished, tmp_path / "other")
     moved = table(other)
     for one in moved["models"]:
-        one["mean"]["value"] += 1.0
+        one["mean"]["value"] += 1.0 + (one["name"] == "dpo-merge-average")
+    moved["differences"] = []  # a run may have chosen, and compared, other models
     (other / "three_h.json").write_text(json.dumps(moved))
     study = read_study([read_run(finished), read_run(other)])
     own = next(one for one in table(finished)["models"] if one["name"] == "dpo-merge-average")["mean"]["value"]
     found = study.value("dpo-merge-average", "mean")
-    assert found.value == pytest.approx(own + 0.5)
-    assert found.high - found.value == pytest.approx(12.706 * 0.5)  # two runs: t of one degree, standard error 0.5
+    assert found.value == pytest.approx(own + 1.0)
+    assert found.high - found.value == pytest.approx(12.706 * 1.0)  # two runs: t of one degree, standard error 1
+    base = next(one for one in table(finished)["models"] if one["name"] == "base")["mean"]["value"]
+    between = study.difference("dpo-merge-average", "base", "mean")
+    assert between.n == 2
+    assert between.difference == pytest.approx(own - base + 0.5)
+    assert between.high - between.difference == pytest.approx(12.706 * 0.5)
     assert claims(study, "dpo")
 
 

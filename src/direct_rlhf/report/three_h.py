@@ -67,16 +67,20 @@ class Study:
         return over_runs([_value(one, metric) for one in self.of(name)])
 
     def difference(self, arm: str, against: str, metric: str) -> Difference | None:
-        rows = [_row(table, arm, against, metric) for table in self.tables]
-        found = [row for row in rows if row is not None]
+        """Of one run: paired over its questions. Of several: of their values, paired by run, in all that have both."""
         if len(self.tables) == 1:
-            return found[0] if found else None
-        values = [row.difference for row in found if row.difference is not None]
-        if not values:
+            return _row(self.tables[0], arm, against, metric)
+        pairs = [tuple(self._in(table, name, metric) for name in (arm, against)) for table in self.tables]
+        values = [ours.value - theirs.value for ours, theirs in pairs if ours and theirs]
+        merged = over_runs([Estimate(value) for value in values]) if len(values) > 1 else None
+        if merged is None:
             return None
-        merged = over_runs([Estimate(x) for x in values])
-        assert merged is not None
         return Difference(arm, against, metric, merged.value, merged.low, merged.high, len(values))
+
+    @staticmethod
+    def _in(table: Mapping[str, Any], name: str, metric: str) -> Estimate | None:
+        models = (one for one in table.get("models", []) if one.get("name") == name)
+        return next((_value(one, metric) for one in models), None)
 
 
 def read_study(runs: Sequence[RunData]) -> Study | None:
