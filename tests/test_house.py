@@ -47,21 +47,8 @@ MAY_IMPORT = {
     "report": {*FIRST, "recipe", "run"},
     "scale": {"errors", "recipe", "models"},  # of models the sizes alone, which need no torch
 }
-EVERYTHING = {
-    "stages",
-    "study",
-    "chat",
-    "cli",
-    "launch",
-    "check",
-    "plan",
-    "doctor",
-    "screen",
-    "commands",
-    "__main__",
-    "__init__",
-}
 TOP = {
+    "attempt",
     "stages",
     "study",
     "chat",
@@ -73,6 +60,7 @@ TOP = {
     "commands",
     "__main__",
 }  # imported by nothing below them
+EVERYTHING = {*TOP, "doctor", "__init__"}
 
 MODULES = sorted(SOURCE.rglob("*.py"))
 

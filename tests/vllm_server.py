@@ -4,21 +4,19 @@ What it is asked, what it leaves out and where it fails is the test's to say. `T
 """
 
 import json
-import socket
-import struct
 import threading
-from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from direct_rlhf.data.tokens import load_tokens
+from local_server import LocalServer, send
 
 Choice = dict[str, Any]
 
@@ -80,7 +78,7 @@ class ToyEngine:
         return logits
 
 
-class VllmServer:
+class VllmServer(LocalServer):
     """``with VllmServer(folder) as server``: `server.url`.
 
     ``fault(path, nth)`` is what goes wrong at the nth request of a route (from 1): an HTTP status, "timeout", "reset",
@@ -102,52 +100,22 @@ class VllmServer:
         models: tuple[str, ...] = ("toy",),
         max_model_len: int = 1024,
     ) -> None:
+        super().__init__()
         self.engine = ToyEngine(folder, raw=raw)
         self.fault, self.edit, self.versions, self.deaf = fault, edit, versions, deaf
         self.development, self.key, self.models, self.max_model_len = development, key, models, max_model_len
         self.asked: list[tuple[str, Any]] = []  # route and body of all requests, in the order of arrival
         self.version = "default"
-        self._tries: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._running, self._closing = threading.Event(), threading.Event()
+        self._running = threading.Event()
         self._running.set()
-
-    def __enter__(self) -> Self:
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                outer._answer(self, None)
-
-            def do_POST(self) -> None:
-                outer._answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def log_message(self, *words: Any) -> None:
-                pass
-
-        class Http(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 512
-
-            def handle_error(self, request: Any, address: Any) -> None:
-                pass  # a client that went away is part of the test
-
-        self._server = Http(("127.0.0.1", 0), Handler)
-        serve = threading.Thread(target=lambda: self._server.serve_forever(poll_interval=0.02), daemon=True)
-        serve.start()
-        return self
 
     def __exit__(self, *error: Any) -> None:
-        self._closing.set()
         self._running.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__exit__(*error)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return self.address
 
     def restart(self) -> None:
         """The weights of the checkpoint again, and no memory of others."""
@@ -157,28 +125,23 @@ class VllmServer:
     def routes(self) -> list[str]:
         return [path for path, _ in self.asked]
 
-    def _answer(self, http: BaseHTTPRequestHandler, body: Any) -> None:
-        path = http.path
+    def answer(self, http: BaseHTTPRequestHandler) -> None:
+        path, length = http.path, http.headers["Content-Length"]
+        body = None if length is None else json.loads(http.rfile.read(int(length)))
         with self._lock:
             self.asked.append((path, body))
-            self._tries[path] += 1
-            nth = self._tries[path]
-        fault = self.fault(path, nth)
-        if fault == "timeout":
-            self._closing.wait(5)
-            http.close_connection = True
-        elif fault == "reset":
-            http.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            http.connection.close()
-            http.close_connection = True
-        elif fault == "json":
-            _send(http, 200, '{"choices": [{"token')
+        fault = self.fault(path, self.nth(path))
+        if self.broken(http, fault):
+            return
+        if fault == "json":
+            send(http, 200, '{"choices": [{"token')
         elif fault is not None:
-            _send(http, int(fault), {"error": {"message": f"no: {http.headers.get('Authorization')}"}})
+            send(http, int(fault), json.dumps({"error": {"message": f"no: {http.headers.get('Authorization')}"}}))
         elif self.key is not None and http.headers.get("Authorization") != f"Bearer {self.key}":
-            _send(http, 401, {"error": "Unauthorized"})
+            send(http, 401, json.dumps({"error": "Unauthorized"}))
         else:
-            _send(http, *self._reply(path, body))
+            status, said = self._reply(path, body)
+            send(http, status, "" if said is None else json.dumps(said))
 
     def _reply(self, path: str, body: Any) -> tuple[int, Any]:
         if path == "/v1/models":
@@ -272,12 +235,3 @@ def stand_in(calls: list[str], folder: Path) -> Any:
             return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(said), logprobs=steps)])
 
     return SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace)
-
-
-def _send(http: BaseHTTPRequestHandler, status: int, body: Any) -> None:
-    data = (body if isinstance(body, str) else "" if body is None else json.dumps(body)).encode()
-    http.send_response(status)
-    http.send_header("Content-Type", "application/json")
-    http.send_header("Content-Length", str(len(data)))
-    http.end_headers()
-    http.wfile.write(data)

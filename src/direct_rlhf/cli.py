@@ -363,6 +363,8 @@ def merge(
     from direct_rlhf.run.signals import StopFlag
 
     if sweep:
+        if dry_run:
+            raise ConfigError("--dry-run checks one merge: leave --sweep out, whose combinations are all checked first")
         from direct_rlhf.screen import show_pairs
         from direct_rlhf.study.search import shown
         from direct_rlhf.study.sweep import read_grid
@@ -377,6 +379,8 @@ def merge(
             root=root,
             resume=resume,
             overwrite=overwrite,
+            device=device,
+            threads=threads,
             say=_say,
         )
         show_pairs(metric, [(shown(one.settings), _value(one.shown)) for one in tried])

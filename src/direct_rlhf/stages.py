@@ -14,7 +14,6 @@ loads only what it runs.
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +23,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from direct_rlhf.errors import ConfigError, DirectRLHFError, Interrupted
+from direct_rlhf.attempt import attempt, device_of, processes, run_directory
+from direct_rlhf.errors import ConfigError, DirectRLHFError
 from direct_rlhf.recipe.load import LoadedRecipe
-from direct_rlhf.recipe.needs import require_libraries, require_processes
+from direct_rlhf.recipe.needs import require_libraries
 from direct_rlhf.recipe.references import resolve_model, resolve_reference, test_data_folder
 from direct_rlhf.recipe.schema import ModelReward, Recipe, ScoredMixture, TrainedReward
 from direct_rlhf.run.context import NoBars, ProgressBars, StageContext
-from direct_rlhf.run.directory import MANIFEST, Follower, RunDirectory
+from direct_rlhf.run.directory import RunDirectory
 from direct_rlhf.run.signals import StopFlag
-from direct_rlhf.run.world import World, joined, launch_id, launched
+from direct_rlhf.run.world import World, launched
 
 if TYPE_CHECKING:
     from direct_rlhf.data.dialogue import DialogueFormat
@@ -64,8 +64,8 @@ def run(loaded: LoadedRecipe, *, root: Path, resume: bool, overwrite: bool, only
     me = launched()
     if three_h and me.size > 1:
         raise ConfigError("a three_h study runs in one process: start it without --nproc or torchrun")
-    with StopFlag(launched=me.size > 1, quiet=not me.is_main) as stop, _world(me, loaded.recipe, stop) as world:
-        directory = _directory(root, loaded, world, resume=resume, overwrite=overwrite)
+    with StopFlag(launched=me.size > 1, quiet=not me.is_main) as stop, processes(me, loaded.recipe, stop) as world:
+        directory = run_directory(root, loaded, world, resume=resume, overwrite=overwrite)
         with attempt(directory, stop):
             if three_h:
                 from direct_rlhf.study.three_h import ThreeH
@@ -123,87 +123,6 @@ def report(runs: Sequence[Path], out: Path | None = None, *, redact_samples: boo
     for path in runs:
         write_results(path)
     return write_report(runs, out, redact_samples=redact_samples)
-
-
-def _device(recipe: Recipe) -> str:
-    """cpu or cuda. Errors: ConfigError for a device that torch does not see."""
-    import torch
-
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = cuda: torch sees no CUDA device; set device=cpu, or see `direct-rlhf doctor`")
-    return device
-
-
-@contextmanager
-def _world(me: World, recipe: Recipe, stop: StopFlag) -> Iterator[World]:
-    """The processes of the run, each with its device."""
-    if me.size == 1:
-        yield me
-        return
-    import torch
-
-    require_processes(recipe, me.size)
-    device = _device(recipe)
-    if device == "cuda":
-        if me.local_size > torch.cuda.device_count():
-            raise ConfigError(
-                f"{me.local_size} processes on this machine, and {torch.cuda.device_count()} CUDA devices: start one "
-                "process a device (--nproc, or torchrun's --nproc-per-node)"
-            )
-        torch.cuda.set_device(me.local_rank)
-    with joined(me, recipe.parallel, device=device, stop=stop) as world:
-        yield world
-
-
-def _directory(root: Path, loaded: LoadedRecipe, world: World, *, resume: bool, overwrite: bool) -> RunDirectory:
-    """The run's directory, made by the first process. Those that torchrun has started again go on with their run."""
-    path = root / loaded.recipe.name
-
-    def make() -> str:
-        again = world.restarts > 0 and (path / MANIFEST).is_file() and RunDirectory(path).launched_by(launch_id())
-        if again and (error := RunDirectory(path).not_worth_another_try()) is not None:
-            raise error
-        made = RunDirectory.open(root, loaded, resume=resume or again, overwrite=overwrite and not again)
-        return str(made.path)
-
-    kind = RunDirectory if world.is_main else Follower
-    return kind(Path(world.main(make)), world)
-
-
-@contextmanager
-def attempt(directory: RunDirectory, stop: StopFlag) -> Iterator[None]:
-    """The only writer of a run; however the attempt ends, status.json says so."""
-    world = directory.world
-
-    def ended(error: BaseException) -> None:
-        if not world.speaks:
-            return
-        state = "interrupted" if isinstance(error, Interrupted) else "failed"
-        ours = isinstance(error, DirectRLHFError)
-        code = error.exit_code if isinstance(error, DirectRLHFError) else 1
-        reason = str(error) if ours else f"{type(error).__name__}: {error}"
-        RunDirectory.status(directory, state, code, reason)
-        if not world.is_main:
-            print(f"direct-rlhf: {reason}", file=sys.stderr, flush=True)
-
-    with directory.locked():
-        directory.status("running", None)
-        world.when_lost(ended)
-        try:
-            with stop.at_once():
-                yield
-        except BaseException as raised:
-            error = world.explained(raised)
-            if isinstance(error, (Interrupted, KeyboardInterrupt)):
-                error = Interrupted(f"{directory.path}: stopped on request. Go on with --resume.")
-            ended(error)
-            if error is raised:
-                raise
-            raise error from raised
-        directory.status("done", 0)
 
 
 def _names(models: Sequence[str]) -> list[str]:
@@ -569,7 +488,7 @@ class Study:
         from direct_rlhf.precision import settled
 
         recipe = self.recipe
-        world, device = self.world, _device(recipe)
+        world, device = self.world, device_of(recipe)
         torch.set_num_threads(recipe.threads or max(len(os.sched_getaffinity(0)) // world.local_size, 1))
         bars = ProgressBars() if world.is_main else NoBars()
         context = StageContext(settled(recipe, device), self.directory, device, self.stop, bars, world)

@@ -132,7 +132,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def quick_plots(monkeypatch):
     """Empty pictures: drawing them takes seconds, and test_plots.py looks at them."""
-    monkeypatch.setattr(plots, "_draw", lambda name, paint, size=None: Markup("<svg></svg>"))
+    monkeypatch.setattr(plots, "draw", lambda name, paint, size=None: Markup("<svg></svg>"))
 
 
 def page(run, **options):

@@ -16,7 +16,7 @@ from direct_rlhf.rollout import native, vllm
 from direct_rlhf.rollout.types import FinishReason, SampleKey, SamplingSettings
 from direct_rlhf.rollout.vllm import Ask, Said
 from direct_rlhf.rollout.vllm_colocated import Colocated
-from direct_rlhf.rollout.vllm_server import Server, in_threads
+from direct_rlhf.rollout.vllm_server import Server
 from toys import toy_folder
 from vllm_server import VllmServer, stand_in
 
@@ -367,16 +367,6 @@ def test_a_signal_is_obeyed_while_the_server_is_waited_for(base, tokens):
         with pytest.raises(Interrupted, match="its answers are drawn again on resume"):
             sample(engine, tokens, should_stop=lambda: time.monotonic() - start > 0.2)
         assert time.monotonic() - start < 2
-
-
-def test_threads_give_results_in_order_and_the_first_error_as_it_is():
-    assert in_threads([lambda stopping, i=i: i for i in range(50)], 4, NEVER) == list(range(50))
-
-    def fail(stopping):
-        raise BackendError("no")
-
-    with pytest.raises(BackendError, match=r"^no$"):
-        in_threads([lambda stopping: stopping.wait(30), fail], 2, NEVER)
 
 
 # Colocated: a stand-in for the module `vllm` says the same

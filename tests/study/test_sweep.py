@@ -64,6 +64,7 @@ def test_a_metric_where_lower_is_better_is_turned_round(merge_file, tmp_path):
     ("more", "said"),
     [
         (["--sweep", "scal=0.1"], "parameters.scal: unknown parameter"),
+        (["--sweep", "scale=0.1", "--dry-run"], "--dry-run checks one merge: leave --sweep out"),
         (["--sweep", "scale"], "--sweep scale: write KEY=VALUE,VALUE"),
         (["--sweep", "scale=0.1", "--metric", "kindness.mean"], "--metric kindness.mean: no such metric"),
         (

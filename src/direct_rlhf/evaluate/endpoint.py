@@ -10,25 +10,22 @@ The `openai` library's own retries are off: they know no budget and no request t
 
 import email.utils
 import json
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from threading import Thread
+from functools import partial
 from typing import Any
 
-from direct_rlhf.errors import ConfigError, Interrupted, JudgeError
+from direct_rlhf.errors import Interrupted, JudgeError
 from direct_rlhf.evaluate.chats import Keep, Reply, Request
 from direct_rlhf.randomness import generator
 from direct_rlhf.recipe.schema import JudgeSection
+from direct_rlhf.run.workers import in_threads, key_from
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # a server that wants longer is not waited for
 GIVE_UP_AFTER = 8  # failed requests in a row
-POLL = 0.2  # seconds between looks at whether to stop
 CHARACTERS_PER_TOKEN = 2  # fewer than any common text has, so that a guess of tokens is never too low
 OF_ONE_REQUEST = frozenset({"http_400", "http_413", "http_422"})  # too long, say; if none is answered, of the settings
 RETRIED = frozenset({408, 409, 425, 429})
@@ -93,9 +90,9 @@ class EndpointChat:
 
         self.name = f"endpoint ({section.model})"
         self._section, self._budget, self._should_stop, self._clock = section, budget, should_stop, clock
-        self._stopping = threading.Event()
-        self._pause = pause or self._stopping.wait
-        self._key = _key(section)
+        self._pause = pause
+        place = "evaluation.conversation.judging.api_key_env"
+        self._key = key_from(section.api_key_env, place, "the judge's server")
         self._client = openai.OpenAI(
             base_url=section.base_url, api_key=self._key or "none", max_retries=0, timeout=section.timeout
         )
@@ -113,72 +110,38 @@ class EndpointChat:
     def replies(self, requests: Sequence[Request], keep: Keep) -> list[Reply]:
         """As the protocol says. At a stop or an error, what is under way is waited for: it is paid already.
 
-        A second signal waits for nothing, which is why the threads are daemons.
+        A second signal waits for nothing.
         """
-        self._stopping.clear()
-        todo = deque(enumerate(requests))
-        done: SimpleQueue[tuple[int, Reply | BaseException]] = SimpleQueue()
-        workers = min(self._section.concurrency, len(requests))
-        threads = [Thread(target=self._work, args=(todo, done, keep), daemon=True) for _ in range(workers)]
-        found: dict[int, Reply] = {}
         lost, answered = 0, False  # failed requests in a row; whether any was answered
-        try:
-            for thread in threads:
-                thread.start()
-            while len(found) < len(requests):
-                if self._should_stop():
-                    raise Interrupted(f"the judge was stopped on request. {GO_ON}")
-                try:
-                    index, reply = done.get(timeout=POLL)
-                except Empty:
-                    continue
-                if isinstance(reply, BaseException):
-                    raise reply
-                found[index] = reply
-                answered = answered or not reply.failure
-                if not reply.failure:
-                    lost = 0
-                elif not (answered and reply.failure in OF_ONE_REQUEST):
-                    lost += 1
-                if lost >= GIVE_UP_AFTER:
-                    raise JudgeError(
-                        f"judge {self._section.base_url}: {lost} requests in a row failed, the last with "
-                        f"{reply.failure} ({reply.detail}). {GO_ON}"
-                    )
-        except Exception:
-            self._stopping.set()
-            for thread in threads:
-                thread.join()
-            raise
-        finally:
-            self._stopping.set()
-        return [found[index] for index in range(len(requests))]
 
-    def _work(
-        self, todo: "deque[tuple[int, Request]]", done: "SimpleQueue[tuple[int, Reply | BaseException]]", keep: Keep
-    ) -> None:
-        """One thread: request after request until there is none, or the judge is to stop."""
-        while not self._stopping.is_set():
-            try:
-                index, request = todo.popleft()
-            except IndexError:
-                return
-            try:
-                done.put((index, self._reply(index, request, keep)))
-            except BaseException as error:  # raised again where the replies are waited for
-                done.put((index, error))
-                return
+        def seen(reply: Reply) -> None:
+            nonlocal lost, answered
+            answered = answered or not reply.failure
+            if not reply.failure:
+                lost = 0
+            elif not (answered and reply.failure in OF_ONE_REQUEST):
+                lost += 1
+            if lost >= GIVE_UP_AFTER:
+                raise JudgeError(
+                    f"judge {self._section.base_url}: {lost} requests in a row failed, the last with "
+                    f"{reply.failure} ({reply.detail}). {GO_ON}"
+                )
 
-    def _reply(self, index: int, request: Request, keep: Keep) -> Reply:
+        works = [partial(self._reply, index, request, keep) for index, request in enumerate(requests)]
+        stopped = f"the judge was stopped on request. {GO_ON}"
+        return in_threads(works, self._section.concurrency, self._should_stop, stopped=stopped, seen=seen, finish=True)
+
+    def _reply(self, index: int, request: Request, keep: Keep, stopping: threading.Event) -> Reply:
         """One request with its further tries. A reply is kept before this worker sends anything else."""
+        pause = self._pause or stopping.wait
         attempt = 0
         while True:
-            if self._stopping.is_set():
+            if stopping.is_set():
                 raise Interrupted(f"the judge was stopped. {GO_ON}")
             found = self._attempt(request)
             if isinstance(found, _Again):
                 if attempt < self._section.retries and found.retry_after <= LONGEST_RETRY_AFTER:
-                    self._pause(self._delay(request, attempt, found.retry_after))
+                    pause(self._delay(request, attempt, found.retry_after))
                     attempt += 1
                     continue
                 found = Reply(failure=found.word, detail=found.detail)
@@ -271,18 +234,6 @@ class EndpointChat:
         """What a server said, short, and without the key, which some send back."""
         text = text.replace(self._key, "***") if self._key else text
         return " ".join(text.split())[:300]
-
-
-def _key(section: JudgeSection) -> str | None:
-    if section.api_key_env is None:
-        return None
-    key = os.environ.get(section.api_key_env, "").strip()
-    if not key:
-        raise ConfigError(
-            f"evaluation.conversation.judging.api_key_env = {section.api_key_env}: this environment variable is not "
-            "set. Put the key of the judge's server into it, or write null if the server wants none."
-        )
-    return key
 
 
 def _characters(request: Request) -> int:

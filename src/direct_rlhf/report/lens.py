@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from direct_rlhf.report.parts import Picture, Series
-from direct_rlhf.report.plots import WIDE, Line, _draw, _line_style, colour
+from direct_rlhf.report.plots import WIDE, Line, _line_style, colour, draw
 from direct_rlhf.report.read import estimate, mapping, number, read_json
 from direct_rlhf.report.samples import visible
 
@@ -118,7 +118,7 @@ def layer_curves(found: Sequence[LayerCurve]) -> Markup | None:
         axes.set_xlim(-0.03 * deepest, 1.03 * deepest)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
 
-    return _draw("Bad-word probability by layer and arm", paint, WIDE)
+    return draw("Bad-word probability by layer and arm", paint, WIDE)
 
 
 def _content(one: Series) -> Mapping[str, Any]:

@@ -114,7 +114,7 @@ def css_variables() -> Mapping[str, str]:
     return {"--ink": INK, "--muted": MUTED, "--grid": GRID, **named}
 
 
-def _draw(name: str, paint: Callable[[Figure], None], size: tuple[float, float] = PANEL) -> Markup:
+def draw(name: str, paint: Callable[[Figure], None], size: tuple[float, float] = PANEL) -> Markup:
     """Run ``paint`` on a fresh figure and return clean inline SVG; ``name`` says what it shows, for screen readers."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
@@ -195,7 +195,7 @@ def curves(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         _whole_steps(axes)
 
-    return _draw(f"{title} ({unit}) by {x_label}", paint)
+    return draw(f"{title} ({unit}) by {x_label}", paint)
 
 
 def _line_style(line: Line) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def frontier(lines: Sequence[Line], saved: Sequence[tuple[float, float]] = ()) -
         axes.margins(x=0.1, y=0.15)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0] if min(min(line.x) for line in lines) < 0 else 0.0))
 
-    return _draw("Held-out reward against held-out KL", paint, (4.4, 2.9))
+    return draw("Held-out reward against held-out KL", paint, (4.4, 2.9))
 
 
 def radar(
@@ -266,7 +266,7 @@ def radar(
         axes.spines["polar"].set_color(GRID)
 
     wide = (5.8, 3.7)  # names of tasks stand beside the circle
-    return _draw(f"{what} by arm, 0 to {top}{' per cent' if percent else ''}", paint, wide)
+    return draw(f"{what} by arm, 0 to {top}{' per cent' if percent else ''}", paint, wide)
 
 
 def bars(title: str, entries: Sequence[Bar], *, percent: bool = True, unit: str = "") -> Markup | None:
@@ -310,7 +310,7 @@ def bars(title: str, entries: Sequence[Bar], *, percent: bool = True, unit: str 
         if percent and axes.get_xlim()[1] > 100:  # room for the numbers, but no share above 100 %
             axes.set_xticks([0, 25, 50, 75, 100])
 
-    return _draw(f"{title} by arm", paint, (PANEL[0], 0.95 + 0.27 * len(entries)))
+    return draw(f"{title} by arm", paint, (PANEL[0], 0.95 + 0.27 * len(entries)))
 
 
 def grouped_bars(
@@ -339,7 +339,7 @@ def grouped_bars(
         )
         axes.set_ylim(bottom=0)
 
-    return _draw(f"{title} by arm", paint, WIDE if is_wide(groups, profiles) else PANEL)
+    return draw(f"{title} by arm", paint, WIDE if is_wide(groups, profiles) else PANEL)
 
 
 def is_wide(groups: Sequence[str], profiles: Sequence[Profile]) -> bool:
@@ -360,7 +360,7 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[float], x_lab
         axes.axvline(0, color=INK, linewidth=1)
         axes.grid(visible=False, axis="x")
 
-    return _draw(title, paint)
+    return draw(title, paint)
 
 
 def calibration(predicted: Sequence[float], observed: Sequence[float], sizes: Sequence[float]) -> Markup | None:
@@ -379,7 +379,7 @@ def calibration(predicted: Sequence[float], observed: Sequence[float], sizes: Se
         axes.set_xlim(min(0.5, *predicted) - 0.02, 1.02)
         axes.set_ylim(min(0.5, *observed) - 0.06, 1.06)
 
-    return _draw("Calibration of the reward model", paint)
+    return draw("Calibration of the reward model", paint)
 
 
 def shorten(text: str, limit: int = 20) -> str:

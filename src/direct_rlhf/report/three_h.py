@@ -7,7 +7,7 @@ Student's t over them (of differences: paired by run), which is wide for few run
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import Any
 
 from markupsafe import Markup
@@ -24,7 +24,7 @@ FILE = "three_h.json"
 MEAN, WORST, GENERAL = "mean", "worst", "general"
 ROUTES = {"base": "base", "expert": "expert", "mixture": "data mixture", "merge": "merge"}
 PARADIGMS = {"dpo": "DPO", "direct_ppo": "direct PPO"}
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by freedom
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
 R_TSVM, TSV_M = "r_tsvm", "tsv_m"
 OWN_READING = "R-TSVM is this project's own reading of its paper's abstract."
 
@@ -97,8 +97,17 @@ def over_runs(found: Sequence[Estimate | None]) -> Estimate | None:
         return found[0] if found else None
     if len(values) == 1:
         return Estimate(values[0])
-    half = T_95.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
+    half = student_95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Estimate(mean(values), mean(values) - half, mean(values) + half)
+
+
+def student_95(freedom: int) -> float:
+    """97.5 % quantile of Student's t; beyond the table by its expansion (Abramowitz and Stegun, 26.7.5)."""
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    x = NormalDist().inv_cdf(0.975)
+    terms = ((x**3 + x) / 4, (5 * x**5 + 16 * x**3 + 3 * x) / 96, (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384)
+    return x + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def _value(one: Mapping[str, Any], metric: str) -> Estimate | None:
@@ -441,7 +450,7 @@ def pareto(points: Sequence[Point], x: str, y: str) -> Markup:
             )
         axes.margins(x=0.15, y=0.15)
 
-    return plots._draw(f"{x} against {y}, by route", paint, (4.4, 3.2))
+    return plots.draw(f"{x} against {y}, by route", paint, (4.4, 3.2))
 
 
 def legend_marks() -> list[tuple[str, str, str]]:

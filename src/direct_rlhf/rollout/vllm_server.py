@@ -10,28 +10,26 @@ the answers are there: a server that was restarted, or given weights by somebody
 """
 
 import json
-import os
 import threading
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from direct_rlhf.errors import BackendError, ConfigError, Interrupted
+from direct_rlhf.errors import BackendError, Interrupted
 from direct_rlhf.recipe.schema import VllmSection
 from direct_rlhf.rollout.vllm import LOWEST, Ask, Said, checked
+from direct_rlhf.run.workers import in_threads, key_from
 
 T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # a server that wants longer is not waited for
-POLL = 0.1  # seconds between looks at whether to stop
+STOPPED = "sampling was asked to stop; its answers are drawn again on resume"
 RETRIED = frozenset({408, 425, 429})
 ABSENT = frozenset({404, 405})
 DEVELOPMENT = f"Start it with VLLM_SERVER_DEV_MODE=1 (vLLM {LOWEST} or newer), where only this run can reach it."
@@ -61,7 +59,7 @@ class Server:
         assert section.url is not None
         self._section, self._first_wait = section, first_wait
         self._address = section.url.rstrip("/").removesuffix("/v1")
-        self._key = _key(section)
+        self._key = key_from(section.api_key_env, "rollout.vllm.api_key_env", "the vLLM server")
         self._model = section.model or ""
         self._knows_versions = True
 
@@ -95,7 +93,7 @@ class Server:
         self, asks: Sequence[Ask], sampling: Mapping[str, Any], vocabulary: int, should_stop: Callable[[], bool]
     ) -> list[Said]:
         works = [partial(self._reply, ask, sampling, vocabulary) for ask in asks]
-        return in_threads(works, self._section.concurrency, should_stop)
+        return in_threads(works, self._section.concurrency, should_stop, stopped=STOPPED)
 
     def confirm(self, version: str, should_stop: Callable[[], bool]) -> None:
         if not self._knows_versions:
@@ -119,7 +117,7 @@ class Server:
         return
 
     def _wait(self, should_stop: Callable[[], bool], work: Callable[[threading.Event], T]) -> T:
-        return in_threads([work], 1, should_stop)[0]
+        return in_threads([work], 1, should_stop, stopped=STOPPED)[0]
 
     def _load(self, folder: Path, version: str, stopping: threading.Event) -> None:
         """A server whose loading failed stays paused: its weights are of two kinds."""
@@ -228,64 +226,6 @@ class Server:
         """What a server said, short, and without the key, which some send back."""
         text = text.replace(self._key, "***") if self._key else text
         return " ".join(text.split())[:300]
-
-
-def in_threads(
-    works: Sequence[Callable[[threading.Event], T]], workers: int, should_stop: Callable[[], bool]
-) -> list[T]:
-    """All results, in order. Each work is given an event that says that it is not waited for any more.
-
-    Errors: the first one of a work; Interrupted once ``should_stop`` says so. Then nothing is waited for.
-    """
-    stopping = threading.Event()
-    todo, done = deque(enumerate(works)), SimpleQueue[tuple[int, Any]]()
-
-    def run() -> None:
-        while not stopping.is_set():
-            try:
-                index, work = todo.popleft()
-            except IndexError:
-                return
-            try:
-                done.put((index, work(stopping)))
-            except BaseException as error:  # raised again where the results are waited for
-                done.put((index, _Raised(error)))
-                return
-
-    found: dict[int, T] = {}
-    try:
-        for _ in range(min(workers, len(works))):
-            threading.Thread(target=run, daemon=True).start()
-        while len(found) < len(works):
-            if should_stop():
-                raise Interrupted("sampling was asked to stop; its answers are drawn again on resume")
-            try:
-                index, result = done.get(timeout=POLL)
-            except Empty:
-                continue
-            if isinstance(result, _Raised):
-                raise result.error
-            found[index] = result
-    finally:
-        stopping.set()
-    return [found[index] for index in range(len(works))]
-
-
-@dataclass(frozen=True)
-class _Raised:
-    error: BaseException
-
-
-def _key(section: VllmSection) -> str | None:
-    if section.api_key_env is None:
-        return None
-    key = os.environ.get(section.api_key_env, "").strip()
-    if not key:
-        raise ConfigError(
-            f"rollout.vllm.api_key_env = {section.api_key_env}: this environment variable is not set. Put the server's "
-            "key into it, or write null if it wants none."
-        )
-    return key
 
 
 def _list(body: Any, name: str) -> list[Any]:

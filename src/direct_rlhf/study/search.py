@@ -18,6 +18,7 @@ from direct_rlhf.errors import ConfigError
 from direct_rlhf.evaluate.chats import digest
 from direct_rlhf.recipe.merge import merge_of
 from direct_rlhf.run.atomic import append_jsonl, read_jsonl
+from direct_rlhf.run.context import NoBars
 
 TRIES = "tries.jsonl"
 WEIGHTS = "weights"  # a setting that gives every model its own weight
@@ -40,6 +41,21 @@ class Tried:
     shown: Mapping[str, Any]
     merge_seconds: float
     measure_seconds: float
+
+
+Maker = Callable[[Mapping[str, Any], Path], None]  # from the content of a merge file, a model in a folder
+
+
+def merger(folder: Path, should_stop: Callable[[], bool], *, device: str = "auto", threads: int | None = None) -> Maker:
+    """Merges what stands in a merge file of ``folder``, without a bar; a model that is there is replaced."""
+
+    def make(content: Mapping[str, Any], out: Path) -> None:
+        from direct_rlhf.merge.executor import Execution, merge_models
+
+        how = Execution(device=device, threads=threads, should_stop=should_stop, progress=NoBars())
+        merge_models(merge_of(content, folder), out, overwrite=True, how=how)
+
+    return make
 
 
 def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -72,7 +88,7 @@ def search(
     *,
     folder: Path,
     place: Path,
-    make: Callable[[Mapping[str, Any], Path], None],
+    make: Maker,
     measure: Callable[[Path], Measured],
     key: str,
     say: Callable[[str], None],
@@ -116,7 +132,7 @@ def _try(
     content: Mapping[str, Any],
     chosen: Mapping[str, Any],
     candidate: Path,
-    make: Callable[[Mapping[str, Any], Path], None],
+    make: Maker,
     measure: Callable[[Path], Measured],
 ) -> dict[str, Any]:
     shutil.rmtree(candidate, ignore_errors=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from direct_rlhf.attempt import attempt
 from direct_rlhf.errors import ConfigError
 from direct_rlhf.recipe.load import LoadedRecipe
 from direct_rlhf.recipe.merge import load_merge, merge_of
@@ -17,8 +18,8 @@ from direct_rlhf.recipe.source import parse_yaml, read_yaml
 from direct_rlhf.run.context import NoBars
 from direct_rlhf.run.directory import RunDirectory
 from direct_rlhf.run.signals import StopFlag
-from direct_rlhf.stages import Study, attempt
-from direct_rlhf.study.search import Measured, Tried, best, combinations, search, shown, with_settings
+from direct_rlhf.stages import Study
+from direct_rlhf.study.search import Measured, Tried, best, combinations, merger, search, shown, with_settings
 
 METRICS = "general.mean, conversation.score, conversation.CATEGORY, toxicity.RATE; with - before it, lower is better"
 
@@ -50,11 +51,14 @@ def sweep(
     root: Path,
     resume: bool,
     overwrite: bool,
+    device: str = "auto",
+    threads: int | None = None,
     say: Callable[[str], None],
 ) -> list[Tried]:
     """Tries every combination, merges the best into ``out`` and returns all, in order.
 
-    ``loaded`` is the recipe whose evaluation measures; only the suite of ``metric`` runs. ``overwrite`` is for ``out``.
+    ``loaded`` is the recipe whose evaluation measures; only the suite of ``metric`` runs. ``overwrite`` is for
+    ``out``, ``device`` and ``threads`` for the merges.
     Errors: ConfigError for what is wrong with file, grid or metric, before the first merge; Interrupted (resumable).
     """
     lower, metric = metric.startswith("-"), metric.removeprefix("-")
@@ -76,7 +80,7 @@ def sweep(
         with attempt(directory, stop):
             study = Study(loaded, directory, stop)
             study.check_judge()
-            make = _maker(file.parent, stop)
+            make = merger(file.parent, stop, device=device, threads=threads)
 
             def measure(model: Path) -> Measured:
                 from direct_rlhf.evaluate.suite import evaluate_arm
@@ -99,16 +103,6 @@ def sweep(
             say(f"Best: {shown(chosen.settings)}")
             make(with_settings(content, chosen.settings), out)
     return tried
-
-
-def _maker(folder: Path, stop: StopFlag) -> Callable[[Mapping[str, Any], Path], None]:
-    def make(content: Mapping[str, Any], out: Path) -> None:
-        from direct_rlhf.merge.executor import Execution, merge_models
-
-        how = Execution(should_stop=stop, progress=NoBars())
-        merge_models(merge_of(content, folder), out, overwrite=True, how=how)
-
-    return make
 
 
 def _number(entry: Mapping[str, Any], suite: str, name: str) -> float | None:

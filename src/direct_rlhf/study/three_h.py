@@ -13,7 +13,7 @@ pairs, steps and rollouts of a mixture between them: all routes train on equally
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ from direct_rlhf.run.context import NoBars
 from direct_rlhf.run.directory import RunDirectory
 from direct_rlhf.stages import Study
 from direct_rlhf.study.entries import Entry, Route
-from direct_rlhf.study.search import Measured, Tried, best, combinations, search, with_settings
+from direct_rlhf.study.search import Maker, Measured, Tried, best, combinations, merger, search, with_settings
 
 MASK_SEEDS = 3  # draws of a random method's masks that are measured
 TABLE = "three_h.json"
@@ -225,7 +225,7 @@ class ThreeH:
     def _first_two(self, one: MergeSearch) -> list[str]:
         return self.section.kinds[:2] if self._folds(one) else self.section.kinds
 
-    def _make(self, paradigm: str, one: MergeSearch) -> Callable[[Mapping[str, Any], Path], None]:
+    def _make(self, paradigm: str, one: MergeSearch) -> Maker:
         """How the content of a merge file becomes a model."""
         if not self._folds(one):
             return self._merge_once
@@ -247,11 +247,9 @@ class ThreeH:
 
         return fold
 
-    def _merge_once(self, content: Mapping[str, Any], out: Path) -> None:
-        from direct_rlhf.merge.executor import Execution, merge_models
-
-        how = Execution(should_stop=self.stop, progress=NoBars())
-        merge_models(merge_of(content, self.loaded.folder), out, overwrite=True, how=how)
+    @property
+    def _merge_once(self) -> Maker:
+        return merger(self.loaded.folder, self.stop)
 
     @property
     def _validating(self) -> Recipe:
@@ -285,7 +283,7 @@ class ThreeH:
 
     def evaluate(self) -> None:
         """Every model on the test questions; those of the routes on the general tasks too."""
-        entries = self.entries()
+        entries = self.entries
         self.study.fingerprints |= {one.name: digest(dict(one.settings)) for one in entries}
         routes = {one.name: str(one.path) for one in entries if one.route != "ablation"}
         self.study.evaluate(routes, compared=False)
@@ -300,6 +298,7 @@ class ThreeH:
             other.fingerprints |= self.study.fingerprints
             other.evaluate(ablation, compared=False)
 
+    @cached_property
     def entries(self) -> list[Entry]:
         """All models of the study, the base first. ConfigError for one that is not there yet."""
         base = Path(str(resolve_model(self.recipe.model.base, self.loaded.folder)))
@@ -349,6 +348,6 @@ class ThreeH:
         from direct_rlhf.study.table import study_table
 
         start = time.monotonic()
-        write_json(self.directory.path / TABLE, study_table(self.directory.path, self.recipe, self.entries()))
+        write_json(self.directory.path / TABLE, study_table(self.directory.path, self.recipe, self.entries))
         report([self.directory.path])
         self.directory.finish_stage("report", "", time.monotonic() - start, {})
