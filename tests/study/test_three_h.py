@@ -1,6 +1,7 @@
 """The study of helpful, honest and harmless, on a toy model: all routes, one table, resumed like any run."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -189,6 +190,27 @@ def test_a_stop_in_the_search_loses_no_try_and_the_table_is_the_same(data, finis
     run(data, tmp_path, resume=True)
     strip = lambda found: [dict(one.items()) for one in found["models"]]
     assert strip(table(path)) == strip(table(finished))
+
+
+@pytest.mark.slow
+def test_masks_do_not_depend_on_where_the_run_lies(data, finished, tmp_path):
+    from safetensors.torch import load_file
+
+    shutil.copytree(finished, tmp_path / "toy")
+    for name in ("search/dpo-merge-dare", "models/dpo-merge-dare", "models/dpo-merge-dare-masks-1"):
+        shutil.rmtree(tmp_path / "toy" / name)
+    run(data, tmp_path, resume=True, only="merge")
+    before, after = (
+        load_file(root / "models/dpo-merge-dare/model.safetensors") for root in (finished, tmp_path / "toy")
+    )
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_a_base_on_the_hub_is_merged_at_the_revision_of_the_recipe(data):
+    loaded = recipe(data)
+    model = loaded.recipe.model.model_copy(update={"base": "some/base", "revision": "abc"})
+    loaded = loaded.with_recipe(loaded.recipe.model_copy(update={"model": model}))
+    assert three_h.ThreeH(loaded, SimpleNamespace(path=data), None)._base == "some/base@abc"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from direct_rlhf import stages
+from direct_rlhf.errors import Interrupted
 from direct_rlhf.launch import command
 from direct_rlhf.maths.losses import bradley_terry, nll
 from direct_rlhf.recipe.load import load_recipe
@@ -120,7 +121,7 @@ def test_what_one_process_began_two_go_on_with(study, one, tmp_path):
             "direct_rlhf.train.ppo.StageContext.check_stop_together",
             lambda self: counted.append(1) or (self.stop() if len(counted) == 9 else None),
         )
-        with pytest.raises(stages.Interrupted):
+        with pytest.raises(Interrupted):
             alone(study, run.root, only="direct_ppo")
     assert (directory / "step_000000" / "policy.safetensors").is_file()
     ended = run.run(options=["--only", "direct_ppo"])

@@ -71,14 +71,15 @@ class ThreeH:
 
     def check(self) -> None:
         """Merges, mixtures and questions, as far as they can be seen without a model."""
-        place = str(resolve_model(self.recipe.model.base, self.loaded.folder))
         for name, one in {**self.section.merges, **self.section.ablation}.items():
             if one.method not in PARAMETERS:
                 raise ConfigError(
                     f"three_h.merges.{name}.method = {one.method}: no such method. {', '.join(PARAMETERS)}"
                 )
             for settings in combinations(one.grid):
-                content = self._merge_content(one, place, [f"{place}#{kind}" for kind in self._first_two(one)])
+                content = self._merge_content(
+                    one, self._base, [f"{self._base}#{kind}" for kind in self._first_two(one)]
+                )
                 merge_of(with_settings(content, settings), self.loaded.folder)
         self.study.check_judge()
 
@@ -186,7 +187,7 @@ class ThreeH:
         return search(
             self._content(paradigm, one, {}),
             combinations(one.grid),
-            folder=self.loaded.folder,
+            folder=self.directory.path,
             place=place,
             make=self._make(paradigm, one),
             measure=self.validate,
@@ -206,11 +207,20 @@ class ThreeH:
         return folders
 
     def _content(self, paradigm: str, one: MergeSearch, settings: Mapping[str, Any]) -> dict[str, Any]:
-        base = str(resolve_model(self.recipe.model.base, self.loaded.folder))
-        experts = [str(path.absolute()) for path in self.experts(paradigm).values()]
+        # named from the run directory: random masks are drawn by the name, and a run repeats wherever it lies
+        experts = [str(path.relative_to(self.directory.path)) for path in self.experts(paradigm).values()]
         if self._folds(one):
             experts = experts[:2]
-        return with_settings(self._merge_content(one, base, experts), settings)
+        return with_settings(self._merge_content(one, self._base, experts), settings)
+
+    @property
+    def _base(self) -> str:
+        """As a merge file names it, from any folder."""
+        model = self.recipe.model
+        found = resolve_model(model.base, self.loaded.folder, revision=model.revision)
+        if isinstance(found, Path):
+            return str(found.absolute())
+        return f"{found.name}@{found.revision}" if found.revision else found.name
 
     @staticmethod
     def _merge_content(one: MergeSearch, base: str, experts: Sequence[str]) -> dict[str, Any]:
@@ -249,7 +259,7 @@ class ThreeH:
 
     @property
     def _merge_once(self) -> Maker:
-        return merger(self.loaded.folder, self.stop)
+        return merger(self.directory.path, self.stop)
 
     @property
     def _validating(self) -> Recipe:
