@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -195,7 +196,14 @@ def spawn(folder, max_new_tokens, temperature):
     environment = {**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null"}
     arguments = ["-c", RUN, str(folder), str(max_new_tokens), str(temperature)]
     return pexpect.spawn(
-        sys.executable, arguments, env=environment, encoding="utf-8", codec_errors="replace", timeout=60
+        sys.executable,
+        arguments,
+        env=environment,
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=60,
+        # a process in the background is started with SIGINT ignored, and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
