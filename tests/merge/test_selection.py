@@ -1,12 +1,14 @@
 """Keeping the k largest, against sorting in plain Python."""
 
 import math
+from functools import cached_property
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans, floats, integers, lists, sampled_from
 
+from direct_rlhf.merge import selection
 from direct_rlhf.merge.selection import (
     Ranking,
     _band_by_sort,
@@ -14,6 +16,7 @@ from direct_rlhf.merge.selection import (
     _order_packed,
     band_in_rows,
     by_rank_in_rows,
+    first_of,
     kept,
     trim,
 )
@@ -25,7 +28,11 @@ TYPES = sampled_from([torch.float32, torch.float64])
 
 
 def scan_in(values, size):
-    return lambda: ((start, values[start : start + size]) for start in range(0, len(values), size))
+    def scan(share=1):
+        for start in range(0, len(values), size):
+            yield start, values[start : first_of(start, min(start + size, len(values)), share)]
+
+    return scan
 
 
 def places_of_largest(values, keep):
@@ -98,6 +105,61 @@ def test_values_go_to_the_ranks_of_each_row(rows, wide):
 def test_packed_order_is_that_of_a_stable_sort_on_random_rows():
     magnitude = torch.randn(9, 257, generator=torch.Generator().manual_seed(0)).bfloat16().float().abs()
     assert torch.equal(_order_packed(magnitude), _order_by_sort(magnitude).flip(1))
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """How often the radix search went over the whole scan, where a few numbers are sampled too."""
+    monkeypatch.setattr(selection, "FEW", 2)
+    calls = []
+    whole = Ranking._digits.func
+
+    def counted(self):
+        calls.append(self)
+        return whole(self)
+
+    replaced = cached_property(counted)
+    replaced.__set_name__(Ranking, "_digits")
+    monkeypatch.setattr(Ranking, "_digits", replaced)
+    return calls
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(numbers=NUMBERS, n=integers(1, 40), size=integers(1, 41), dtype=TYPES, signed=booleans())
+def test_a_sample_of_few_numbers_changes_no_answer(searched, numbers, n, size, dtype, signed):
+    values = torch.tensor(numbers, dtype=dtype)
+    ranking = Ranking(scan_in(values if signed else values.abs(), size), len(values), signed=signed)
+    expected = sorted((values if signed else values.abs()).tolist(), reverse=True)
+    assert ranking.value(min(n, len(values))) == expected[min(n, len(values)) - 1]
+
+
+@pytest.mark.parametrize("wrong", [1e-3, 1e3])
+def test_a_sample_that_misleads_costs_a_search_and_no_element(searched, wrong):
+    values = torch.randn(1 << 14, generator=torch.Generator().manual_seed(2))
+    values.view(-1, 1024)[:, :64] *= wrong  # all that is sampled
+    cut = Ranking(scan_in(values, 1024), len(values)).cut(5000)
+    assert searched
+    kept_places = torch.sort(values.abs(), descending=True, stable=True).indices[:5000]
+    assert trim(values, 0, cut).nonzero().flatten().tolist() == kept_places.sort().values.tolist()
+
+
+def test_a_sample_that_is_like_the_rest_saves_the_search(searched):
+    values = torch.randn(1 << 16, generator=torch.Generator().manual_seed(3))
+    for keep in (1, 1000, 30_000, 65_535):
+        Ranking(scan_in(values, 4096), len(values)).cut(keep)
+    assert not searched
+
+
+@pytest.mark.parametrize("sampled", ["the same", "others"])
+def test_more_near_elements_than_may_be_held_are_searched_for(searched, monkeypatch, sampled):
+    monkeypatch.setattr(selection, "MOST", 4000)
+    values = torch.ones(1 << 14)
+    if sampled == "others":  # a third of which is above 1
+        values.view(-1, 1024)[:, :64] = torch.randn(16, 64, generator=torch.Generator().manual_seed(4))
+    cut = Ranking(scan_in(values, 1024), len(values)).cut(5200)
+    assert searched
+    kept_places = torch.sort(values.abs(), descending=True, stable=True).indices[:5200]
+    assert trim(values, 0, cut).nonzero().flatten().tolist() == kept_places.sort().values.tolist()
 
 
 @pytest.mark.parametrize("keep", [1, 100, 40_000, 99_999])

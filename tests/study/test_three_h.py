@@ -193,6 +193,21 @@ def test_a_stop_in_the_search_loses_no_try_and_the_table_is_the_same(data, finis
 
 
 @pytest.mark.slow
+def test_a_merge_that_was_made_from_other_settings_is_made_again(data, finished):
+    before = table(finished)
+    merged, other = (finished / "models" / f"dpo-merge-{name}" for name in ("task_arithmetic", "r_tsvm"))
+    weights = (merged / "model.safetensors").read_bytes()
+    shutil.copytree(other, merged, dirs_exist_ok=True)
+    record = finished / "search/dpo-merge-task_arithmetic/chosen.json"
+    chosen = json.loads(record.read_text())
+    record.write_text(json.dumps(chosen | {"parameters": {"scale": 9.0}}))
+    run(data, finished.parent, resume=True)
+    assert (merged / "model.safetensors").read_bytes() == weights
+    assert json.loads(record.read_text()) == chosen
+    assert table(finished)["models"] == before["models"]
+
+
+@pytest.mark.slow
 def test_masks_do_not_depend_on_where_the_run_lies(data, finished, tmp_path):
     from safetensors.torch import load_file
 

@@ -48,19 +48,34 @@ def row_length(block: Block) -> int:
     return block.shape[-1] if block.shape else 1
 
 
-def delta(block: Block, expert: int, dtype: torch.dtype) -> Reader:
-    """tau_i = theta_i - theta_0, flattened."""
-    base_n, expert_n = base_of(block).reshape(-1), block.experts[expert].reshape(-1)
+def delta(block: Block, expert: int, dtype: torch.dtype, base: Reader | None = None) -> Reader:
+    """tau_i = theta_i - theta_0, flattened; ``base`` reads theta_0, which experts may share."""
+    base, expert_n = base or _base(block, dtype), block.experts[expert].reshape(-1)
 
     def read(start: int, end: int) -> Tensor:
-        return expert_n[start:end].to(dtype, copy=True).sub_(base_n[start:end].to(dtype))
+        return expert_n[start:end].to(dtype, copy=True).sub_(base(start, end))
 
     return read
 
 
 def deltas(block: Block, dtype: torch.dtype) -> list[Reader]:
-    """The readers of all experts."""
-    return [delta(block, expert, dtype) for expert in range(len(block.experts))]
+    """The readers of all experts, which convert a piece of the base once when they read it one after the other."""
+    base = _base(block, dtype)
+    return [delta(block, expert, dtype, base) for expert in range(len(block.experts))]
+
+
+def _base(block: Block, dtype: torch.dtype) -> Reader:
+    """theta_0, flattened; the last piece is kept, and may not be written to."""
+    base_n = base_of(block).reshape(-1)
+    last: tuple[int, int, Tensor] = (0, 0, base_n[:0])
+
+    def read(start: int, end: int) -> Tensor:
+        nonlocal last
+        if last[:2] != (start, end):
+            last = start, end, base_n[start:end].to(dtype)
+        return last[2]
+
+    return read
 
 
 def added(base_n: Tensor, change_n: Tensor, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from direct_rlhf.errors import MergeError
 from direct_rlhf.merge.deltas import Reader, pieces
-from direct_rlhf.merge.selection import SCAN, Cut, Ranking, kept, trim
+from direct_rlhf.merge.selection import SCAN, Cut, Ranking, first_of, kept, trim
 from direct_rlhf.merge.types import Block, Passes
 
 ReadersOf = Callable[[Block, Any], Sequence[Reader]]  # of a tensor and its parameters
@@ -26,18 +26,18 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Scope:
-    """A tensor or a model, in stretches, as often as asked for."""
+    """A tensor or a model, in stretches, as often as asked for; of each the first 1 / share."""
 
     count: int  # elements
-    stretches: Callable[[], Iterator[Stretch]]
+    stretches: Callable[[int], Iterator[Stretch]]
 
 
 def tensor_scope(block: Block, readers: Sequence[Reader]) -> Scope:
     """One tensor."""
 
-    def stretches() -> Iterator[Stretch]:
+    def stretches(share: int) -> Iterator[Stretch]:
         for start, end in pieces(block.experts[0], size=SCAN):
-            yield Stretch(start, start, end, readers)
+            yield Stretch(start, start, first_of(start, end, share), readers)
 
     return Scope(block.experts[0].numel(), stretches)
 
@@ -50,9 +50,9 @@ def model_scope(passes: Passes, readers_of: ReadersOf) -> tuple[Scope, dict[str,
         begins[block.name] = count
         count += block.experts[0].numel()
 
-    def stretches() -> Iterator[Stretch]:
+    def stretches(share: int) -> Iterator[Stretch]:
         for block, parameters in passes():
-            for stretch in tensor_scope(block, readers_of(block, parameters)).stretches():
+            for stretch in tensor_scope(block, readers_of(block, parameters)).stretches(share):
                 yield Stretch(begins[block.name] + stretch.start, stretch.start, stretch.end, stretch.readers)
 
     return Scope(count, stretches), begins
@@ -90,8 +90,8 @@ def cut(scope: Scope, expert: int, density: float, at_cut: str) -> Cut:
 def ranking(scope: Scope, expert: int) -> Ranking:
     """The order of an expert's magnitudes."""
 
-    def scan() -> Iterator[tuple[int, Tensor]]:
-        for stretch in scope.stretches():
+    def scan(share: int = 1) -> Iterator[tuple[int, Tensor]]:
+        for stretch in scope.stretches(share):
             yield stretch.flat, stretch.readers[expert](stretch.start, stretch.end)
 
     return Ranking(scan, scope.count)

@@ -3,7 +3,7 @@
     objectives    a reward model for each kind of pair                        parts/objectives/
     experts       a model for each kind, by each paradigm (DPO, direct PPO)   parts/PARADIGM-KIND/
     mixtures      a model for each data mixture, on as many pairs             parts/PARADIGM-mix-NAME/
-    merges        the experts merged; settings chosen on validation questions search/PARADIGM-NAME/, models/
+    merges        the experts merged; settings chosen on validation questions search/NAME/, models/
     evaluation    all of them on the test questions and the general tasks     evaluation/NAME/
     three_h.json  the balance of each model, paired differences, the task vectors, what each route cost
 
@@ -36,7 +36,7 @@ from direct_rlhf.recipe.schema import (
     ScoredMixture,
     ThreeHSection,
 )
-from direct_rlhf.run.atomic import write_json
+from direct_rlhf.run.atomic import read_json, write_json
 from direct_rlhf.run.context import NoBars
 from direct_rlhf.run.directory import RunDirectory
 from direct_rlhf.stages import Study
@@ -177,11 +177,25 @@ class ThreeH:
         model = f"{paradigm}-{route}-{name}"
         tried = self._search(paradigm, one, self.directory.path / "search" / model)
         chosen = best(tried)
-        path = self.directory.path / "models" / model
-        if not (path / "config.json").is_file():
-            self._make(paradigm, one)(self._content(paradigm, one, chosen.settings), path)
+        path = self._merged(model, paradigm, one, self._content(paradigm, one, chosen.settings))
         settings = {**one.settings, **chosen.settings}
         return Entry(model, route, paradigm, name, path, {"method": one.method, **settings}, chosen.score)
+
+    def _merged(self, name: str, paradigm: str, one: MergeSearch, content: Mapping[str, Any]) -> Path:
+        """The model, merged unless it is there and was merged from just this."""
+        path = self.directory.path / "models" / name
+        if not (path / "config.json").is_file() or digest(self._merged_from(name)) != digest(content):
+            self._make(paradigm, one)(content, path)
+            write_json(self._record_of(name), content)
+        return path
+
+    def _merged_from(self, name: str) -> dict[str, Any]:
+        """The merge file of a model as it lies there; empty for one that is no merge."""
+        record = self._record_of(name)
+        return dict(read_json(record)) if record.is_file() else {}
+
+    def _record_of(self, name: str) -> Path:
+        return self.directory.path / "search" / name / "chosen.json"
 
     def _search(self, paradigm: str, one: MergeSearch, place: Path) -> list[Tried]:
         return search(
@@ -294,7 +308,7 @@ class ThreeH:
     def evaluate(self) -> None:
         """Every model on the test questions; those of the routes on the general tasks too."""
         entries = self.entries
-        self.study.fingerprints |= {one.name: digest(dict(one.settings)) for one in entries}
+        self.study.fingerprints |= {one.name: digest(self._merged_from(one.name)) for one in entries}
         routes = {one.name: str(one.path) for one in entries if one.route != "ablation"}
         self.study.evaluate(routes, compared=False)
         ablation = {one.name: str(one.path) for one in entries if one.route == "ablation"}
@@ -337,10 +351,8 @@ class ThreeH:
             return
         chosen = {key: value for key, value in merged.settings.items() if key in one.grid}
         for seed in range(1, MASK_SEEDS):
-            path = merged.path.with_name(f"{merged.path.name}-masks-{seed}")
-            if not (path / "config.json").is_file():
-                content = {**self._content(merged.paradigm, one, chosen), "seed": seed}
-                self._make(merged.paradigm, one)(content, path)
+            content = {**self._content(merged.paradigm, one, chosen), "seed": seed}
+            path = self._merged(f"{merged.name}-masks-{seed}", merged.paradigm, one, content)
             yield replace(merged, name=path.name, path=path, of=merged.name)
 
     def _balance(self, place: Path) -> Any:

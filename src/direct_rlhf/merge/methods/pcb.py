@@ -80,8 +80,8 @@ def _ranges(scope: Scope, count: int, parameters: PcbParameters) -> list[Range]:
 def _range(scope: Scope, expert: int, count: int, density: float, tails: float) -> Range:
     n = scope.count
 
-    def magnitudes() -> Iterator[tuple[int, Tensor]]:
-        for stretch in scope.stretches():
+    def magnitudes(share: int = 1) -> Iterator[tuple[int, Tensor]]:
+        for stretch in scope.stretches(share):
             yield stretch.flat, stretch.readers[expert](stretch.start, stretch.end).abs_()
 
     if tails:
@@ -94,8 +94,8 @@ def _range(scope: Scope, expert: int, count: int, density: float, tails: float) 
     if not high > low:
         return own
 
-    def balances() -> Iterator[tuple[int, Tensor]]:
-        for stretch in scope.stretches():
+    def balances(share: int = 1) -> Iterator[tuple[int, Tensor]]:
+        for stretch in scope.stretches(share):
             parts = [read(stretch.start, stretch.end) for read in stretch.readers]
             yield stretch.flat, _balance(parts[expert], _sum(parts), own, count)
 

@@ -36,7 +36,7 @@ from direct_rlhf.merge.factorise import Spectrum
 from direct_rlhf.merge.laws import HOMOGENEOUS
 from direct_rlhf.merge.matrices import Matrix, mean_of, merge_by_matrix
 from direct_rlhf.merge.methods.tsv_m import decompose, equal_counts, join_leading, too_small
-from direct_rlhf.merge.selection import SCAN, Ranking
+from direct_rlhf.merge.selection import SCAN, Ranking, first_of
 from direct_rlhf.merge.types import Block, Grain, Method, Survey
 from direct_rlhf.recipe.merge_methods import RTsvmParameters
 
@@ -112,8 +112,8 @@ def robust_scale(delta_MN: Tensor) -> float:
         return 0.0
     delta_n = delta_MN.reshape(-1)
 
-    def magnitudes() -> list[tuple[int, Tensor]]:
-        return [(start, delta_n[start:end]) for start, end in pieces(delta_n, size=SCAN)]
+    def magnitudes(share: int = 1) -> list[tuple[int, Tensor]]:
+        return [(start, delta_n[start : first_of(start, end, share)]) for start, end in pieces(delta_n, size=SCAN)]
 
     return Ranking(magnitudes, len(delta_n)).value(changed - (changed - 1) // 2) / NORMAL_MEDIAN
 
