@@ -4,7 +4,7 @@ Legend: n elements, R rows, C columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from typing import Protocol
@@ -153,10 +153,10 @@ class Ranking:
         if not 0 < wanted <= held:
             return None
         bits, places = (np.concatenate(parts) for parts in zip(*collected, strict=True))
-        bits_n = torch.from_numpy(bits)
-        found = _by_digits(wanted, lambda: [bits_n], self._lowest)
-        equal = places[bits == found.bits]
-        return replace(found, end=int(equal[found.wanted - 1]) + 1)
+        nth = np.sort(bits)[held - wanted]  # six times as fast as np.partition where many are equal
+        equal = places[bits == nth]
+        wanted -= int(np.count_nonzero(bits > nth))
+        return _Found(int(nth), wanted, len(equal), int(equal[wanted - 1]) + 1)
 
 
 def trim(piece_n: Tensor, start: int, cut: Cut) -> Tensor:
@@ -228,9 +228,8 @@ class _Found:
     end: int | None = None  # flat index just after the last wanted one, if known
 
 
-def _by_digits(n: int, bits: Callable[[], Iterable[Tensor]], lowest: int, first_digits: Tensor | None = None) -> _Found:
-    """The n-th largest, ``DIGIT`` bits at a time; ``lowest`` is the lowest first digit."""
-    counts = _first_digits(bits(), lowest) if first_digits is None else first_digits
+def _by_digits(n: int, bits: Callable[[], Iterable[Tensor]], lowest: int, counts: Tensor) -> _Found:
+    """The n-th largest, one digit after the other; ``counts`` are those of the first, which begins at ``lowest``."""
     shift = 8 * next(iter(bits())).itemsize - DIGIT
     prefix, wanted = 0, n
     while True:
