@@ -87,12 +87,17 @@ def added(base_n: Tensor, change_n: Tensor, scale: float) -> Tensor:
     return base_n.to(change_n.dtype).sub(change_n.mul_(-scale).add_(0.0))
 
 
-def onto_base(block: Block, change: Reader, *, scale: float, dtype: torch.dtype, row: int = 1) -> Tensor:
-    """theta_0 + scale change, in pieces of whole ``row``s; ``change`` gives the merged difference of a piece."""
+def onto_base(
+    block: Block, change: Reader, *, scale: float, dtype: torch.dtype, row: int = 1, into: Tensor | None = None
+) -> Tensor:
+    """theta_0 + scale change, in pieces of whole ``row``s; ``change`` gives the merged difference of a piece.
+
+    ``into`` is written to and returned; pieces of it may be what ``change`` gives.
+    """
     base = base_of(block)
     if scale == 0:
         return base.to(dtype, copy=True)
-    merged = torch.empty(base.shape, dtype=dtype, device=base.device)
+    merged = torch.empty(base.shape, dtype=dtype, device=base.device) if into is None else into
     base_n, merged_n = base.reshape(-1), merged.view(-1)
     for start, end in pieces(base, row):
         merged_n[start:end] = added(base_n[start:end], change(start, end), scale)

@@ -26,20 +26,19 @@ from direct_rlhf.recipe.merge_methods import ModelStockParameters
 
 def merge(block: Block, parameters: ModelStockParameters, survey: Survey | None = None) -> Tensor:
     readers = deltas(block, computing(parameters))
-    weights = (1.0,) * len(readers)
+    weights, dtype = (1.0,) * len(readers), computing(parameters)
     products = torch.zeros(len(readers), len(readers), dtype=torch.float64)
-    for start, end in pieces(block.experts[0]):
+    mean = torch.empty(block.experts[0].shape, dtype=dtype, device=block.experts[0].device)
+    mean_n = mean.view(-1)
+    for start, end in pieces(mean):
         parts = [read(start, end) for read in readers]
         for i, j in _pairs_and_self(len(readers)):
             products[i, j] += float(parts[i] @ parts[j])
+        mean_n[start:end] = weighted_sum(parts, weights, mean=True)
     cosine, ratio = interpolation(products, parameters)
     clamped = min(1.0, max(0.0, ratio if cosine > 0 else 0.0)) if parameters.clamp else ratio
     block.notes.update(cosine=cosine, t=clamped, clamped=float(clamped != ratio))
-
-    def change(start: int, end: int) -> Tensor:
-        return weighted_sum((read(start, end) for read in readers), weights, mean=True)
-
-    return onto_base(block, change, scale=clamped, dtype=computing(parameters))
+    return onto_base(block, lambda start, end: mean_n[start:end], scale=clamped, dtype=dtype, into=mean)
 
 
 def interpolation(products_TT: Tensor, parameters: ModelStockParameters) -> tuple[float, float]:
