@@ -48,20 +48,17 @@ def row_length(block: Block) -> int:
     return block.shape[-1] if block.shape else 1
 
 
-def delta(block: Block, expert: int, dtype: torch.dtype, base: Reader | None = None) -> Reader:
-    """tau_i = theta_i - theta_0, flattened; ``base`` reads theta_0, which experts may share."""
-    base, expert_n = base or _base(block, dtype), block.experts[expert].reshape(-1)
-
-    def read(start: int, end: int) -> Tensor:
-        return expert_n[start:end].to(dtype, copy=True).sub_(base(start, end))
-
-    return read
-
-
 def deltas(block: Block, dtype: torch.dtype) -> list[Reader]:
-    """The readers of all experts, which convert a piece of the base once when they read it one after the other."""
+    """tau_i = theta_i - theta_0 of every expert, flattened.
+
+    A piece of the base is converted once for all experts that read it one after the other.
+    """
     base = _base(block, dtype)
-    return [delta(block, expert, dtype, base) for expert in range(len(block.experts))]
+    return [_difference(expert.reshape(-1), base, dtype) for expert in block.experts]
+
+
+def _difference(expert_n: Tensor, base: Reader, dtype: torch.dtype) -> Reader:
+    return lambda start, end: expert_n[start:end].to(dtype, copy=True).sub_(base(start, end))
 
 
 def _base(block: Block, dtype: torch.dtype) -> Reader:

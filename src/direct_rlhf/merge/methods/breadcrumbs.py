@@ -19,7 +19,7 @@ Source:     Davari and Belilovsky, arXiv 2312.06795.
 from torch import Tensor
 
 from direct_rlhf.merge.consensus import merge_elected
-from direct_rlhf.merge.deltas import Reader, computing, delta, onto_base_summed, row_length
+from direct_rlhf.merge.deltas import Reader, computing, deltas, onto_base_summed, row_length
 from direct_rlhf.merge.laws import HOMOGENEOUS
 from direct_rlhf.merge.scopes import ranking, tensor_scope
 from direct_rlhf.merge.selection import band_in_rows, kept, trim
@@ -28,7 +28,9 @@ from direct_rlhf.recipe.merge_methods import BreadcrumbsParameters
 
 
 def merge(block: Block, parameters: BreadcrumbsParameters, survey: Survey | None = None) -> Tensor:
-    readers = [_reader(block, expert, parameters) for expert in range(len(block.experts))]
+    readers = [
+        _reader(read, block, expert, parameters) for expert, read in enumerate(deltas(block, computing(parameters)))
+    ]
     row = row_length(block) if parameters.scope == "row" else 1
     if parameters.elect:
         return merge_elected(block, readers, parameters, row=row)
@@ -43,8 +45,7 @@ def counts(count: int, beta: float, gamma: float, *, beta_first: bool = False) -
     return outliers, min(keep, count - outliers)
 
 
-def _reader(block: Block, expert: int, parameters: BreadcrumbsParameters) -> Reader:
-    read = delta(block, expert, computing(parameters))
+def _reader(read: Reader, block: Block, expert: int, parameters: BreadcrumbsParameters) -> Reader:
     beta, gamma = (parameters.of(name, len(block.experts))[expert] for name in ("density", "gamma"))
     beta_first = parameters.reference == "mergekit"
     if parameters.scope == "row":

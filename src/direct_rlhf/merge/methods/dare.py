@@ -19,7 +19,7 @@ Source:     Yu et al., arXiv 2311.03099.
 from torch import Tensor
 
 from direct_rlhf.merge.consensus import elected_survey, merge_elected
-from direct_rlhf.merge.deltas import Reader, computing, delta, onto_base_summed
+from direct_rlhf.merge.deltas import Reader, computing, deltas, onto_base_summed
 from direct_rlhf.merge.dropping import dropped, dropped_l1, mask_key
 from direct_rlhf.merge.laws import HOMOGENEOUS, LAWS
 from direct_rlhf.merge.masks import chances, drop_
@@ -45,11 +45,12 @@ def survey(passes: Passes) -> Survey | None:
 
 
 def _readers(block: Block, parameters: Dropping) -> list[Reader]:
-    return [_reader(block, expert, parameters) for expert in range(len(block.experts))]
+    return [
+        _reader(read, block, expert, parameters) for expert, read in enumerate(deltas(block, computing(parameters)))
+    ]
 
 
-def _reader(block: Block, expert: int, parameters: Dropping) -> Reader:
-    read = delta(block, expert, computing(parameters))
+def _reader(read: Reader, block: Block, expert: int, parameters: Dropping) -> Reader:
     density = parameters.of("density", len(block.experts))[expert]
     if density == 1:
         return read

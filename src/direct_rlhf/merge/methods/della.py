@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from direct_rlhf.merge.consensus import merge_elected
-from direct_rlhf.merge.deltas import Reader, computing, delta, onto_base_summed, row_length
+from direct_rlhf.merge.deltas import Reader, computing, deltas, onto_base_summed, row_length
 from direct_rlhf.merge.dropping import dropped, dropped_l1, mask_key
 from direct_rlhf.merge.laws import HOMOGENEOUS
 from direct_rlhf.merge.masks import chances, drop_
@@ -31,7 +31,9 @@ from direct_rlhf.recipe.merge_methods import DellaParameters
 
 
 def merge(block: Block, parameters: DellaParameters, survey: Survey | None = None) -> Tensor:
-    readers = [_reader(block, expert, parameters) for expert in range(len(block.experts))]
+    readers = [
+        _reader(read, block, expert, parameters) for expert, read in enumerate(deltas(block, computing(parameters)))
+    ]
     if parameters.elect:
         return merge_elected(block, readers, parameters, row=row_length(block))
     return onto_base_summed(block, readers, parameters, mean=parameters.merge == "mean", row=row_length(block))
@@ -44,9 +46,8 @@ def keep_probabilities(count: int, density: float, epsilon: float, dtype: torch.
     return torch.linspace(density - epsilon, density + epsilon, count, dtype=torch.float64).to(dtype)
 
 
-def _reader(block: Block, expert: int, parameters: DellaParameters) -> Reader:
+def _reader(read: Reader, block: Block, expert: int, parameters: DellaParameters) -> Reader:
     dtype, row = computing(parameters), row_length(block)
-    read = delta(block, expert, dtype)
     density, epsilon = (parameters.of(name, len(block.experts))[expert] for name in ("density", "epsilon"))
     if density == 1:
         return read
