@@ -347,14 +347,14 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
         measured[method] = {**middles, "ratio": seconds, "rss": rss, "anonymous": anonymous, "executor_seconds": alone}
         good = seconds.value >= LEAST.get(method, 0.0) and rss.value <= MOST_MEMORY
         held &= good
-        goal = f">= {LEAST[method]}x" if method in LEAST else "none"
+        least = LEAST.get(method)
         table.append(
             [
                 method,
                 f"{middles[THEIRS]['seconds']:.2f}",
                 f"{middles[OURS]['seconds']:.2f}",
                 str(seconds),
-                verdict(seconds.value >= LEAST.get(method, 0.0), goal),
+                verdict(seconds.value >= least, f">= {least}x") if least else "none",
                 str(rss),
                 str(anonymous),
                 f"{alone:.2f}",

@@ -39,10 +39,8 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
 
 def one_more(values: list[float]) -> tuple[float, float]:
     """The 95 % prediction interval of another draw from where ``values`` came from (normal)."""
-    mean, half = (
-        statistics.mean(values),
-        student_95(len(values) - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / len(values)),
-    )
+    mean = statistics.mean(values)
+    half = student_95(len(values) - 1) * statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
     return mean - half, mean + half
 
 

@@ -7,7 +7,7 @@ from nproc import figures, one_more
 
 def test_the_interval_of_one_more_run_is_the_prediction_interval_of_a_normal():
     low, high = one_more([1.0, 2.0, 3.0])
-    assert (low, high) == pytest.approx((2 - 4.303 * (4 / 3) ** 0.5, 2 + 4.303 * (4 / 3) ** 0.5))
+    assert (low, high) == pytest.approx((2 - 4.302653 * (4 / 3) ** 0.5, 2 + 4.302653 * (4 / 3) ** 0.5))
 
 
 def test_runs_that_agree_leave_no_room():

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from direct_rlhf.errors import BackendError, ConfigError, Interrupted
-from direct_rlhf.run.workers import in_threads, key_from
+from direct_rlhf.run.workers import in_threads, key_from, retry_after, without_key
 
 
 def never():
@@ -63,6 +63,22 @@ def test_an_error_of_who_looks_at_the_results_ends_it():
 
     with pytest.raises(BackendError, match="seen 1"):
         in_threads([lambda stopping: 1], 1, never, stopped="", seen=look)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("37", 37.0), (" 0.5 ", 0.5), ("-3", 0.0), ("Mon, 12 Jan 1970 13:48:10 GMT", 90.0),
+        ("Mon, 12 Jan 1970 13:46:00 GMT", 0.0), ("soon", 0.0), ("", 0.0), (None, 0.0),
+    ],
+)  # fmt: skip
+def test_what_a_server_asks_to_wait_is_a_number_or_a_date(said, seconds):
+    assert retry_after(said, lambda: 1_000_000.0) == seconds
+
+
+def test_what_a_server_said_is_shown_short_and_without_the_key():
+    assert without_key("bad  key\n abc", "abc") == "bad key ***"
+    assert without_key("x" * 999, None) == "x" * 300
 
 
 def test_a_key_comes_from_the_environment_and_its_absence_is_said(monkeypatch):

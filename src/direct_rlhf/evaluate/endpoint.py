@@ -8,7 +8,6 @@ after GIVE_UP_AFTER of them in a row the evaluation stops, to go on when the ser
 The `openai` library's own retries are off: they know no budget and no request to stop.
 """
 
-import email.utils
 import json
 import threading
 import time
@@ -21,10 +20,16 @@ from direct_rlhf.errors import Interrupted, JudgeError
 from direct_rlhf.evaluate.chats import Keep, Reply, Request
 from direct_rlhf.randomness import generator
 from direct_rlhf.recipe.schema import JudgeSection
-from direct_rlhf.run.workers import in_threads, key_from
+from direct_rlhf.run.workers import (
+    FIRST_WAIT,
+    LONGEST_RETRY_AFTER,
+    LONGEST_WAIT,
+    in_threads,
+    key_from,
+    retry_after,
+    without_key,
+)
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
-LONGEST_RETRY_AFTER = 600.0  # a server that wants longer is not waited for
 GIVE_UP_AFTER = 8  # failed requests in a row
 CHARACTERS_PER_TOKEN = 2  # fewer than any common text has, so that a guess of tokens is never too low
 OF_ONE_REQUEST = frozenset({"http_400", "http_413", "http_422"})  # too long, say; if none is answered, of the settings
@@ -168,14 +173,14 @@ class EndpointChat:
             return _Again("timeout", f"no reply in {self._section.timeout:g} s")
         except openai.APIStatusError as error:
             real = 0.0
-            word, said = f"http_{error.status_code}", self._safe(str(error))
+            word, said = f"http_{error.status_code}", without_key(str(error), self._key)
             if error.status_code in RETRIED or error.status_code >= 500:
-                return _Again(word, said, self._retry_after(error.response.headers))
+                return _Again(word, said, retry_after(error.response.headers.get("retry-after"), self._clock))
             return Reply(failure=word, detail=said)
         except openai.APIConnectionError as error:
-            return _Again("connection", self._safe(f"{error} {error.__cause__ or ''}"))
+            return _Again("connection", without_key(f"{error} {error.__cause__ or ''}", self._key))
         except (openai.APIError, ValueError) as error:
-            return _Again("bad_reply", self._safe(str(error)))
+            return _Again("bad_reply", without_key(str(error), self._key))
         finally:
             self._budget.settle(most, real)
 
@@ -194,7 +199,9 @@ class EndpointChat:
             choice = body["choices"][0]
             content, finish = choice["message"].get("content"), choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            return _Again("bad_reply", self._safe(f"{type(error).__name__}: {error}; it began: {text[:80]!r}"))
+            return _Again(
+                "bad_reply", without_key(f"{type(error).__name__}: {error}; it began: {text[:80]!r}", self._key)
+            )
         cost = self._cost(request, body.get("usage"), str(content or ""))
         if isinstance(content, str) and content.strip():
             return Reply(content, "length" if finish == "length" else "stop", cost=cost)
@@ -217,23 +224,6 @@ class EndpointChat:
 
     def _price(self, read: float, written: float) -> float:
         return (read * (self._section.price_in or 0.0) + written * (self._section.price_out or 0.0)) / 1e6
-
-    def _retry_after(self, headers: Mapping[str, str]) -> float:
-        """Seconds that the server asks for, as a number or a date; 0 if it does not say."""
-        said = headers.get("retry-after", "").strip()
-        try:
-            return max(0.0, float(said))
-        except ValueError:
-            pass
-        try:
-            return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - self._clock())
-        except (ValueError, TypeError):
-            return 0.0
-
-    def _safe(self, text: str) -> str:
-        """What a server said, short, and without the key, which some send back."""
-        text = text.replace(self._key, "***") if self._key else text
-        return " ".join(text.split())[:300]
 
 
 def _characters(request: Request) -> int:

@@ -17,8 +17,9 @@ from typing import Any
 
 from direct_rlhf.errors import ConfigError
 from direct_rlhf.evaluate.classifier import FIELD, finite
-from direct_rlhf.evaluate.endpoint import FIRST_WAIT, LONGEST_WAIT, RETRIED
+from direct_rlhf.evaluate.endpoint import RETRIED
 from direct_rlhf.randomness import generator
+from direct_rlhf.run.workers import FIRST_WAIT, LONGEST_WAIT, retry_after
 
 KEY = "PERSPECTIVE_API_KEY"
 URL = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
@@ -82,8 +83,7 @@ class Perspective:
                     ) from error
                 if error.code not in RETRIED and error.code < 500:
                     return None
-                asked = error.headers.get("Retry-After", "")
-                wait = max(wait, min(LONGEST_WAIT, float(asked))) if asked.isdecimal() else wait
+                wait = max(wait, min(LONGEST_WAIT, retry_after(error.headers.get("Retry-After"))))
             except (OSError, ValueError):  # no connection, a timeout, a reset; a reply that is no JSON
                 pass
             if attempt + 1 < TRIES:

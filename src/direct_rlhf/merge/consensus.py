@@ -99,7 +99,7 @@ def merge_elected(
 def elected_survey(passes: Passes, readers_of: ReadersOf, share: str) -> Survey | None:
     """Where every expert's largest end in every tensor, and by how much + leads in the model; None if not needed.
 
-    ``share`` names the parameter that says how much is kept. Two passes an expert, and one of all experts.
+    ``share`` names the parameter that says how much is kept. One or two passes an expert, and one of all experts.
     """
     parameters = shared_setting(passes, "scope", share)
     if parameters.scope == "tensor" or getattr(parameters, share) is None:

@@ -3,7 +3,7 @@
 Legend: n elements, R rows, C columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -21,7 +21,7 @@ LOWEST = -(1 << (DIGIT - 1))  # first digit of a negative number
 SHARE = 16  # of each piece, one in so many elements is in the sample
 MARGIN = 0.005  # of all elements: ranks that are looked at on either side of where the sample has the wanted one
 FEW = 1 << 12  # elements that are looked at without a sample
-MOST = 1 << 24  # elements that may be near: 12 bytes are held for each
+MOST = 1 << 24  # elements that may be near: 12 bytes are held for each, twice while they are joined
 
 
 class Scan(Protocol):
@@ -90,7 +90,7 @@ class Ranking:
         return _number(self._nth(n).bits, self._kind[0])
 
     def _nth(self, n: int) -> "_Found":
-        return self._among_near(n) or _by_digits(n, self._bits, self._lowest, self._digits)
+        return self._among_near(n) or self._by_digits(n)
 
     @cached_property
     def _kind(self) -> tuple[torch.dtype, torch.device]:
@@ -105,14 +105,25 @@ class Ranking:
     def _bits(self, share: int = 1) -> Iterator[Tensor]:
         return (_ordered_bits(piece_n, self._signed) for _, piece_n in self._scan(share))
 
+    @property
+    def _shift(self) -> int:
+        """Bits after the first digit."""
+        return _width(self._kind[0]) - DIGIT
+
+    def _first_digits(self, share: int) -> Tensor:
+        """How often each first digit occurs, from the lowest on."""
+        digits = ((bits_n >> self._shift) - self._lowest for bits_n in self._bits(share))
+        return _count(digits, (1 << DIGIT - 1) - self._lowest)
+
     @cached_property
-    def _digits(self) -> Tensor:  # serve all questions
-        return _first_digits(self._bits(), self._lowest)
+    def _digits(self) -> Tensor:
+        """Those of all elements: one pass, for all questions."""
+        return self._first_digits(1)
 
     @cached_property
     def _sample(self) -> Tensor:
         """Of each first digit and all larger ones, how often they occur in the sample."""
-        return _first_digits(self._bits(SHARE), self._lowest).flip(0).cumsum(0).flip(0)
+        return self._first_digits(SHARE).flip(0).cumsum(0).flip(0)
 
     def _near(self, n: int) -> tuple[int, int] | None:
         """The bits between which the n-th largest is looked for; None if there are too many."""
@@ -130,8 +141,7 @@ class Ranking:
             if (int(at_least[low]) - above) * SHARE > MOST:
                 return None
             lowest, highest = lowest + low, lowest + high
-        shift = _width(self._kind[0]) - DIGIT
-        return lowest << shift, (highest + 1 << shift) - 1
+        return lowest << self._shift, (highest + 1 << self._shift) - 1
 
     def _among_near(self, n: int) -> "_Found | None":
         """The n-th largest, if it is among those of ``_near``."""
@@ -157,6 +167,23 @@ class Ranking:
         equal = places[bits == nth]
         wanted -= int(np.count_nonzero(bits > nth))
         return _Found(int(nth), wanted, len(equal), int(equal[wanted - 1]) + 1)
+
+    def _by_digits(self, n: int) -> "_Found":
+        """The n-th largest, one digit after the other."""
+        prefix, wanted, equal = 0, n, 0
+        for shift in range(self._shift, -1, -DIGIT):
+            if shift == self._shift:
+                counts, lowest = self._digits, self._lowest
+            else:
+                alike = (_beginning_with(bits_n, shift + DIGIT, prefix) for bits_n in self._bits())
+                counts, lowest = _count(((bits_n >> shift) & ((1 << DIGIT) - 1) for bits_n in alike), 1 << DIGIT), 0
+            above = counts.flip(0).cumsum(0)  # of each digit and all larger ones
+            place = int(torch.searchsorted(above, wanted))
+            digit = len(counts) - 1 - place
+            equal = int(counts[digit])
+            wanted -= int(above[place]) - equal
+            prefix = prefix << DIGIT | (digit + lowest)
+        return _Found(prefix, wanted, equal)
 
 
 def trim(piece_n: Tensor, start: int, cut: Cut) -> Tensor:
@@ -226,30 +253,6 @@ class _Found:
     wanted: int  # how many elements equal to it are among the largest
     equal: int  # how many there are
     end: int | None = None  # flat index just after the last wanted one, if known
-
-
-def _by_digits(n: int, bits: Callable[[], Iterable[Tensor]], lowest: int, counts: Tensor) -> _Found:
-    """The n-th largest, one digit after the other; ``counts`` are those of the first, which begins at ``lowest``."""
-    shift = 8 * next(iter(bits())).itemsize - DIGIT
-    prefix, wanted = 0, n
-    while True:
-        above = counts.flip(0).cumsum(0)  # of each digit and all larger ones
-        place = int(torch.searchsorted(above, wanted))
-        digit = len(counts) - 1 - place
-        equal = int(counts[digit])
-        wanted -= int(above[place]) - equal
-        prefix = prefix << DIGIT | (digit + lowest)
-        if shift == 0:
-            return _Found(prefix, wanted, equal)
-        shift -= DIGIT
-        alike = (_beginning_with(bits_n, shift + DIGIT, prefix) for bits_n in bits())
-        counts, lowest = _count(((bits_n >> shift) & ((1 << DIGIT) - 1) for bits_n in alike), 1 << DIGIT), 0
-
-
-def _first_digits(bits: Iterable[Tensor], lowest: int) -> Tensor:
-    """How often each first digit occurs, from the lowest on."""
-    digits = ((bits_n >> (8 * bits_n.itemsize - DIGIT)) - lowest for bits_n in bits)
-    return _count(digits, (1 << DIGIT - 1) - lowest)
 
 
 def _count(digits: Iterable[Tensor], span: int) -> Tensor:

@@ -7,11 +7,12 @@ Student's t over them (of differences: paired by run), which is wide for few run
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 
 from direct_rlhf.report import plots
 from direct_rlhf.report.parts import Cell, Links, Picture, Table
@@ -24,7 +25,6 @@ FILE = "three_h.json"
 MEAN, WORST, GENERAL = "mean", "worst", "general"
 ROUTES = {"base": "base", "expert": "expert", "mixture": "data mixture", "merge": "merge"}
 PARADIGMS = {"dpo": "DPO", "direct_ppo": "direct PPO"}
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
 R_TSVM, TSV_M = "r_tsvm", "tsv_m"
 OWN_READING = "R-TSVM is this project's own reading of its paper's abstract."
 
@@ -102,12 +102,8 @@ def over_runs(found: Sequence[Estimate | None]) -> Estimate | None:
 
 
 def student_95(freedom: int) -> float:
-    """97.5 % quantile of Student's t; beyond the table by its expansion (Abramowitz and Stegun, 26.7.5)."""
-    if freedom <= len(T_95):
-        return T_95[freedom - 1]
-    x = NormalDist().inv_cdf(0.975)
-    terms = ((x**3 + x) / 4, (5 * x**5 + 16 * x**3 + 3 * x) / 96, (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384)
-    return x + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    """97.5 % quantile of Student's t."""
+    return float(stdtrit(freedom, 0.975))
 
 
 def _value(one: Mapping[str, Any], metric: str) -> Estimate | None:

@@ -23,12 +23,18 @@ from typing import Any, TypeVar
 from direct_rlhf.errors import BackendError, Interrupted
 from direct_rlhf.recipe.schema import VllmSection
 from direct_rlhf.rollout.vllm import LOWEST, Ask, Said, checked
-from direct_rlhf.run.workers import in_threads, key_from
+from direct_rlhf.run.workers import (
+    FIRST_WAIT,
+    LONGEST_RETRY_AFTER,
+    LONGEST_WAIT,
+    in_threads,
+    key_from,
+    retry_after,
+    without_key,
+)
 
 T = TypeVar("T")
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
-LONGEST_RETRY_AFTER = 600.0  # a server that wants longer is not waited for
 STOPPED = "sampling was asked to stop; its answers are drawn again on resume"
 RETRIED = frozenset({408, 425, 429})
 ABSENT = frozenset({404, 405})
@@ -155,7 +161,7 @@ class Server:
         if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
             raise BackendError(
                 f"{self.name}: its reply holds no token ids (return_token_ids). Use vLLM {LOWEST} or newer, without a "
-                f"proxy that drops them. It began: {self._safe(json.dumps(found))[:120]}"
+                f"proxy that drops them. It began: {without_key(json.dumps(found), self._key)[:120]}"
             )
         if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
             raise BackendError(
@@ -215,26 +221,14 @@ class Server:
                 text = response.read()
             return json.loads(text) if text.strip() else None
         except urllib.error.HTTPError as error:
-            said = self._safe(error.read().decode(errors="replace"))
+            said = without_key(error.read().decode(errors="replace"), self._key)
             if error.code != final and (error.code in RETRIED or error.code >= 500):
-                return _Again(f"status {error.code} ({said})", _seconds(error.headers.get("Retry-After")))
+                return _Again(f"status {error.code} ({said})", retry_after(error.headers.get("Retry-After")))
             return _Refused(error.code, said)
         except (OSError, HTTPException, ValueError) as error:  # no connection, a timeout, a reply cut off; no JSON
-            return _Again(self._safe(str(error)) or type(error).__name__)
-
-    def _safe(self, text: str) -> str:
-        """What a server said, short, and without the key, which some send back."""
-        text = text.replace(self._key, "***") if self._key else text
-        return " ".join(text.split())[:300]
+            return _Again(without_key(str(error), self._key) or type(error).__name__)
 
 
 def _list(body: Any, name: str) -> list[Any]:
     found = body.get(name) if isinstance(body, Mapping) else None
     return found if isinstance(found, list) else []
-
-
-def _seconds(said: str | None) -> float:
-    try:
-        return max(0.0, float(said or 0))
-    except ValueError:  # a date: the doubled wait will do
-        return 0.0

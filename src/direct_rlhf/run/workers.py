@@ -1,7 +1,9 @@
-"""Asking a server: several requests at a time, and the key that it wants."""
+"""Asking a server: several requests at a time, how long to wait between tries, and the key that it wants."""
 
+import email.utils
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import Any, TypeVar
 from direct_rlhf.errors import ConfigError, Interrupted
 
 POLL = 0.1  # seconds between looks at whether to stop
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled in between
+LONGEST_RETRY_AFTER = 600.0  # seconds; a server that wants longer is not waited for
 
 T = TypeVar("T")
 
@@ -75,6 +79,25 @@ def in_threads(
     finally:
         stopping.set()
     return [found[index] for index in range(len(works))]
+
+
+def retry_after(said: str | None, clock: Callable[[], float] = time.time) -> float:
+    """Seconds that a server's `Retry-After` asks for, as a number or a date; 0 if it does not say."""
+    said = (said or "").strip()
+    try:
+        return max(0.0, float(said))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - clock())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def without_key(text: str, key: str | None) -> str:
+    """What a server said, short, and without the key, which some send back."""
+    text = text.replace(key, "***") if key else text
+    return " ".join(text.split())[:300]
 
 
 def key_from(variable: str | None, place: str, server: str) -> str | None:

@@ -77,9 +77,7 @@ class ThreeH:
                     f"three_h.merges.{name}.method = {one.method}: no such method. {', '.join(PARAMETERS)}"
                 )
             for settings in combinations(one.grid):
-                content = self._merge_content(
-                    one, self._base, [f"{self._base}#{kind}" for kind in self._first_two(one)]
-                )
+                content = self._merge_content(one, [f"{self._base}#{kind}" for kind in self.section.kinds])
                 merge_of(with_settings(content, settings), self.loaded.folder)
         self.study.check_judge()
 
@@ -223,9 +221,7 @@ class ThreeH:
     def _content(self, paradigm: str, one: MergeSearch, settings: Mapping[str, Any]) -> dict[str, Any]:
         # named from the run directory: random masks are drawn by the name, and a run repeats wherever it lies
         experts = [str(path.relative_to(self.directory.path)) for path in self.experts(paradigm).values()]
-        if self._folds(one):
-            experts = experts[:2]
-        return with_settings(self._merge_content(one, self._base, experts), settings)
+        return with_settings(self._merge_content(one, experts), settings)
 
     @property
     def _base(self) -> str:
@@ -236,18 +232,18 @@ class ThreeH:
             return str(found.absolute())
         return f"{found.name}@{found.revision}" if found.revision else found.name
 
-    @staticmethod
-    def _merge_content(one: MergeSearch, base: str, experts: Sequence[str]) -> dict[str, Any]:
-        models = [{"model": expert} for expert in experts]
-        return {"merge_method": one.method, "base_model": base, "models": models, "parameters": dict(one.settings)}
+    def _merge_content(self, one: MergeSearch, experts: Sequence[str]) -> dict[str, Any]:
+        return {
+            "merge_method": one.method,
+            "base_model": self._base,
+            "models": [{"model": expert} for expert in (experts[:2] if self._folds(one) else experts)],
+            "parameters": dict(one.settings),
+        }
 
     @staticmethod
     def _folds(one: MergeSearch) -> bool:
         """Whether the method takes two models: the experts are then merged one after the other."""
         return PARAMETERS[one.method].experts == (2, 2)
-
-    def _first_two(self, one: MergeSearch) -> list[str]:
-        return self.section.kinds[:2] if self._folds(one) else self.section.kinds
 
     def _make(self, paradigm: str, one: MergeSearch) -> Maker:
         """How the content of a merge file becomes a model."""
